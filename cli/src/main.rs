@@ -1,1 +1,22 @@
-fn main() {}
+//! The command `forebay`.
+#![allow(unreachable_pub, reason = "a program: nothing is reachable from outside")]
+
+mod args;
+mod output;
+mod session;
+mod up;
+mod verbs;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+fn main() -> ExitCode {
+    match args::Args::parse().run() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("forebay: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -433,7 +433,11 @@ mod tests {
     #[test]
     fn answers_round_trip() {
         let answers = [
-            Answer::Data { first_block: 9, checksums: vec![1, 2], bytes: Bytes::from(vec![7; BLOCK_SIZE as usize + 1]) },
+            Answer::Data {
+                first_block: 9,
+                checksums: vec![1, 2],
+                bytes: Bytes::from(vec![7; BLOCK_SIZE as usize + 1]),
+            },
             Answer::End { hit_blocks: 1, miss_blocks: 2 },
             Answer::Failure { code: FailureCode::VersionGone, message: "gone".into() },
             Answer::Alive,

@@ -200,8 +200,7 @@ mod tests {
     async fn equal_keys_meet() {
         let key = RuntimeKey::generate();
         let (mut a, mut b) = tokio::io::duplex(256);
-        let (client, server) =
-            tokio::join!(connect(&mut a, &key, ConnectionPurpose::Control), accept(&mut b, &key));
+        let (client, server) = tokio::join!(connect(&mut a, &key, ConnectionPurpose::Control), accept(&mut b, &key));
         client.unwrap();
         assert_eq!(server.unwrap(), ConnectionPurpose::Control);
     }

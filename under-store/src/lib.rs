@@ -1,8 +1,36 @@
 //! One trait over the stores that hold the data: conditional range reads, paged listings, errors by what the caller can
 //! do.
+//!
+//! [`open`] gives the store of a [`SourceSpec`]. Backends: [`s3`] and [`file`]. What they share: [`limits`] (concurrency,
+//! rate, bytes in flight) and [`patience`] (deadline, back-off). [`conformance`] is the suite that each of them passes.
 
+#[cfg(any(test, feature = "conformance"))]
+pub mod conformance;
 mod error;
+mod file;
+mod limits;
+mod patience;
+mod requests;
+mod s3;
+mod source;
 mod store;
 
-pub use error::StoreError;
-pub use store::{ByteStream, Item, ItemKind, Page, Requests, StoreFuture, UnderStore};
+use std::sync::Arc;
+
+pub use self::{
+    error::StoreError,
+    limits::Limits,
+    source::{S3Addressing, S3Credentials, S3Options, SourceSpec},
+    store::{ByteStream, Item, ItemKind, Page, Requests, StoreFuture, UnderStore},
+};
+use self::{file::FileStore, s3::S3Store, source::Location};
+
+/// The store at `spec`: `s3://bucket/prefix/` or `file:///dir`. Nothing is asked of it yet: a store that is away when this
+/// is called may be there when it is needed.
+pub fn open(spec: &SourceSpec, limits: &Limits) -> Result<Arc<dyn UnderStore>, StoreError> {
+    limits.validate()?;
+    match Location::parse(spec)? {
+        Location::S3 { bucket, prefix } => Ok(Arc::new(S3Store::new(spec, bucket, prefix, limits)?)),
+        Location::File { root } => Ok(Arc::new(FileStore::new(root, limits))),
+    }
+}

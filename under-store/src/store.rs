@@ -88,6 +88,12 @@ pub trait UnderStore: Send + Sync + 'static {
 
     /// Requests made so far, by verb.
     fn requests(&self) -> Requests;
+
+    /// Whether directories exist of themselves, so that an empty listing is an empty directory (files). Otherwise it
+    /// means that there is none.
+    fn has_directories(&self) -> bool {
+        false
+    }
 }
 
 /// Counters of requests that went to the store, retries included.

@@ -1,0 +1,191 @@
+//! `Dataset`: what is cached, and from where.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{Phase, Quantity, rules};
+
+/// What is cached, and from where.
+#[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[kube(
+    group = "forebay.io",
+    version = "v1alpha1",
+    kind = "Dataset",
+    namespaced,
+    status = "DatasetStatus",
+    derive = "PartialEq",
+    category = "forebay",
+    doc = "A directory tree made of one or more places in object stores, served read-only from the workers of a \
+           CacheRuntime.",
+    validation = Rule::from(rules::DATASET_NAME),
+    printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase", description = "Where it stands"),
+    printcolumn(name = "Files", type_ = "integer", json_path = ".status.files", description = "Files in its sources"),
+    printcolumn(name = "Size", type_ = "string", json_path = ".status.size", description = "Bytes of these files"),
+    printcolumn(name = "Cached", type_ = "string", json_path = ".status.cached", description = "Bytes on workers"),
+    printcolumn(
+        name = "Hit%",
+        type_ = "integer",
+        json_path = ".status.hitRatioPercent",
+        description = "Blocks that readers found on workers, in percent"
+    ),
+    printcolumn(
+        name = "Runtime",
+        type_ = "string",
+        json_path = ".spec.runtimeRef.name",
+        description = "The CacheRuntime that serves it",
+        priority = 1
+    ),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[serde(rename_all = "camelCase")]
+pub struct DatasetSpec {
+    /// The CacheRuntime, in the same namespace, whose workers serve this dataset.
+    #[x_kube(validation = Rule::from(rules::RUNTIME_REF_IMMUTABLE))]
+    pub runtime_ref: RuntimeRef,
+    /// The places that the tree is made of, by the path at which each appears. Paths may be nested: within its path, the
+    /// longer one hides the shorter.
+    #[schemars(length(min = 1, max = rules::MAX_SOURCES))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["path".into()]))]
+    pub sources: Vec<Source>,
+    /// What workers keep.
+    #[serde(default)]
+    pub cache: Cache,
+}
+
+/// A CacheRuntime by name.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RuntimeRef {
+    /// Name of the CacheRuntime.
+    #[schemars(length(max = rules::MAX_LABEL))]
+    #[x_kube(validation = Rule::from(rules::LABEL))]
+    pub name: String,
+}
+
+/// A place that becomes a directory of the dataset.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[x_kube(validation = Rule::from(rules::S3_OPTIONS), validation = Rule::from(rules::SECRET_REF))]
+#[serde(rename_all = "camelCase")]
+pub struct Source {
+    /// Where it appears in the dataset: `/` or a directory such as `/labels`.
+    #[schemars(length(max = rules::MAX_PATH))]
+    #[x_kube(validation = Rule::from(rules::PATH))]
+    pub path: String,
+    /// The place: `s3://BUCKET/PREFIX/`, or `file:///DIRECTORY` on every machine that runs a worker. Taken as it is
+    /// written, without percent-decoding.
+    #[schemars(length(max = rules::MAX_URI))]
+    #[x_kube(
+        validation = Rule::from(rules::URI_SCHEME),
+        validation = Rule::from(rules::URI_S3),
+        validation = Rule::from(rules::URI_FILE),
+        validation = Rule::from(rules::URI_PLAIN)
+    )]
+    pub uri: String,
+    /// Secret, in the same namespace, with the credentials: keys `accessKeyId`, `secretAccessKey` and, for temporary
+    /// ones, `sessionToken`. Absent: the workers' own identity.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_ref: Option<SecretRef>,
+    /// How to speak to the store; for `s3://` only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub s3: Option<S3Options>,
+}
+
+/// A Secret by name.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SecretRef {
+    /// Name of the Secret.
+    #[schemars(length(max = 253))]
+    #[x_kube(validation = Rule::from(rules::SUBDOMAIN))]
+    pub name: String,
+}
+
+/// How to speak to a store that speaks S3.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct S3Options {
+    /// URL of the service, such as `https://s3.example.com`. Absent: Amazon S3 in `region`.
+    #[schemars(length(max = 512))]
+    #[x_kube(validation = Rule::from(rules::ENDPOINT))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<String>,
+    /// Region that requests are signed for. Absent: `us-east-1`.
+    #[schemars(length(max = 64))]
+    #[x_kube(validation = Rule::from(rules::REGION))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub region: Option<String>,
+    /// Where the bucket stands in the URL of a request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub addressing: Option<Addressing>,
+}
+
+/// Where the bucket stands in the URL of a request: `Path` is `https://ENDPOINT/BUCKET/KEY`, `VirtualHost` is
+/// `https://BUCKET.ENDPOINT/KEY`. Absent: `Path` with an endpoint, `VirtualHost` without.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Addressing {
+    /// `https://ENDPOINT/BUCKET/KEY`.
+    Path,
+    /// `https://BUCKET.ENDPOINT/KEY`.
+    VirtualHost,
+}
+
+/// What workers keep of a dataset.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Cache {
+    /// What happens when the quota or the disk is full. `Hold`: what is there stays, what comes is streamed and not
+    /// stored, so that a dataset larger than the cache does not push itself out.
+    #[serde(default)]
+    pub policy: Policy,
+    /// Most bytes of this dataset on all workers together. Absent: as much as their disks hold.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quota: Option<Quantity>,
+}
+
+/// What happens when the quota or the disk is full.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Policy {
+    /// What is there stays; what comes is streamed and not stored.
+    #[default]
+    Hold,
+}
+
+/// What was last seen of a dataset.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DatasetStatus {
+    /// `metadata.generation` that this status describes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// Where the dataset stands; the conditions say why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase: Option<Phase>,
+    /// Files in all sources. Absent until they have been counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub files: Option<u64>,
+    /// Bytes of these files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<u64>,
+    /// Bytes on the disks of workers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cached_bytes: Option<u64>,
+    /// Bytes on the disks of workers that are pinned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pinned_bytes: Option<u64>,
+    /// `bytes` for people, such as `138Gi`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<String>,
+    /// `cachedBytes` for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cached: Option<String>,
+    /// Of the blocks that were read, how many were on a worker, in percent. Absent until one was read.
+    #[schemars(range(min = 0, max = 100))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hit_ratio_percent: Option<u8>,
+    /// What is the case, by type: `Ready`, `Progressing`, `Degraded`.
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conditions: Vec<Condition>,
+}

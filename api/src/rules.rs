@@ -1,0 +1,363 @@
+//! Rules that types and bounds cannot say, each twice: in CEL, which the API server evaluates, and as a function, which
+//! [`crate::manifest`] calls.
+//!
+//! Invariants: the message is the same on both sides; what CEL refuses the function refuses (the function may know more,
+//! such as bytes instead of code points). The tests below and those of `manifest` run both over the same cases.
+
+/// A rule in CEL and what it says when it fails; this is what `kube` takes as a `Rule`.
+pub type Rule = (&'static str, &'static str);
+
+/// Longest path within a dataset, in bytes.
+pub const MAX_PATH: usize = 1024;
+/// Longest component of a path, in bytes.
+pub const MAX_PATH_COMPONENT: usize = 255;
+/// Longest URI of a source, in bytes.
+pub const MAX_URI: usize = 2048;
+/// Most sources of a dataset.
+pub const MAX_SOURCES: usize = 64;
+/// Most workers of a runtime.
+pub const MAX_REPLICAS: u32 = 1000;
+/// Longest name of a runtime: its workers are called NAME-0 to NAME-999, and Kubernetes labels their pods with NAME and
+/// a hash of 11 characters, in 63.
+pub const MAX_RUNTIME_NAME: usize = 52;
+/// Longest DNS label.
+pub const MAX_LABEL: usize = 63;
+
+pub(crate) const LABEL: Rule = (
+    "self.matches('^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$')",
+    "must be a DNS label: up to 63 of a-z, 0-9 and '-', no '-' at the ends",
+);
+pub(crate) const SUBDOMAIN: Rule = (
+    "self.matches('^[a-z0-9]([a-z0-9-]*[a-z0-9])?([.][a-z0-9]([a-z0-9-]*[a-z0-9])?)*$')",
+    "must be a DNS name: DNS labels joined by '.', up to 253 characters",
+);
+/// The API server has checked that the name is a DNS name before.
+pub(crate) const DATASET_NAME: Rule = ("!self.metadata.name.contains('.') && size(self.metadata.name) <= 63", LABEL.1);
+/// As [`DATASET_NAME`].
+pub(crate) const RUNTIME_NAME: Rule = (
+    "!self.metadata.name.contains('.') && size(self.metadata.name) <= 52",
+    "must be a DNS label of at most 52 characters",
+);
+pub(crate) const RUNTIME_REF_IMMUTABLE: Rule =
+    ("self == oldSelf", "cannot be changed: its bytes are on the workers of the runtime it was created with");
+/// A component is anything without a slash but `.` and `..`.
+pub(crate) const PATH: Rule = (
+    "self.matches('^(/|(/([.]{0,2}[^/.][^/]*|[.]{3,}[^/]*))+)$') && self.split('/').all(name, size(name) <= 255)",
+    "must be an absolute path without '.', '..', empty components or a '/' at the end",
+);
+pub(crate) const HOST_PATH: Rule = (
+    "self.matches('^(/([.]{0,2}[^/.][^/]*|[.]{3,}[^/]*))+$')",
+    "must be an absolute path below '/', without '.', '..', empty components or a '/' at the end",
+);
+pub(crate) const URI_SCHEME: Rule =
+    ("self.startsWith('s3://') || self.startsWith('file://')", "must begin with s3:// or file://");
+pub(crate) const URI_S3: Rule = (
+    "!self.startsWith('s3://') || self.matches('^s3://[a-zA-Z0-9][a-zA-Z0-9._-]{2,254}(/([.]{0,2}[^/.][^/]*|[.]{3,}[^/]*))*/?$')",
+    "must be s3://BUCKET/PREFIX/ with a bucket of 3 to 255 letters, digits, '.', '_' and '-', and a prefix without '.', \
+     '..' or empty components",
+);
+pub(crate) const URI_FILE: Rule = (
+    "!self.startsWith('file://') || self.matches('^file://(/([.]{0,2}[^/.][^/]*|[.]{3,}[^/]*))+/?$')",
+    "must be file:///DIRECTORY, without a host and without '.', '..' or empty components",
+);
+pub(crate) const URI_PLAIN: Rule = (
+    r"!self.matches('[?#%\\\\[:cntrl:]]| $')",
+    r"must not hold '?', '#', '%', '\' or control characters, which URIs do not take as they are, nor end with a space",
+);
+pub(crate) const ENDPOINT: Rule = (
+    r"self.matches('^https?://([a-zA-Z0-9._-]+|\\[[0-9a-fA-F:.]+\\])(:[0-9]{1,5})?/?$')",
+    "must be http:// or https://, a host and perhaps a port, nothing else",
+);
+pub(crate) const REGION: Rule = ("self.matches('^[a-z0-9-]{1,64}$')", "must be up to 64 of a-z, 0-9 and '-'");
+pub(crate) const S3_OPTIONS: Rule =
+    ("!has(self.s3) || self.uri.startsWith('s3://')", "s3 belongs to sources whose uri begins with s3://");
+pub(crate) const SECRET_REF: Rule = (
+    "!has(self.secretRef) || self.uri.startsWith('s3://')",
+    "secretRef belongs to sources whose uri begins with s3://",
+);
+pub(crate) const ONE_VOLUME: Rule =
+    ("has(self.hostPath) != has(self.emptyDir)", "must have exactly one of hostPath and emptyDir");
+pub(crate) const WATERMARKS: Rule = ("self.lowPercent < self.highPercent", "lowPercent must be below highPercent");
+
+/// [`LABEL`].
+pub fn is_label(name: &str) -> bool {
+    let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    (1..=MAX_LABEL).contains(&name.len()) && name.bytes().all(inner) && !name.starts_with('-') && !name.ends_with('-')
+}
+
+/// [`SUBDOMAIN`]. A label within it may be longer than [`MAX_LABEL`], as in Kubernetes.
+pub fn is_subdomain(name: &str) -> bool {
+    let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    name.len() <= 253
+        && name.split('.').all(|label| {
+            !label.is_empty() && label.bytes().all(inner) && !label.starts_with('-') && !label.ends_with('-')
+        })
+}
+
+/// Whether `name` can be one component of a path.
+fn is_component(name: &str) -> bool {
+    !name.is_empty() && name != "." && name != ".." && !name.contains('\0')
+}
+
+/// [`PATH`].
+pub fn is_path(path: &str) -> bool {
+    path == "/"
+        || path.len() <= MAX_PATH
+            && path
+                .strip_prefix('/')
+                .is_some_and(|rest| rest.split('/').all(|c| is_component(c) && c.len() <= MAX_PATH_COMPONENT))
+}
+
+/// [`HOST_PATH`].
+pub fn is_host_path(path: &str) -> bool {
+    path.len() <= MAX_PATH && path.strip_prefix('/').is_some_and(|rest| rest.split('/').all(is_component))
+}
+
+/// [`URI_SCHEME`].
+pub fn is_uri_of_known_scheme(uri: &str) -> bool {
+    uri.starts_with("s3://") || uri.starts_with("file://")
+}
+
+/// [`URI_S3`]: a well-formed `s3://` URI, or one of another scheme.
+pub fn is_s3_uri_well_formed(uri: &str) -> bool {
+    let Some(rest) = uri.strip_prefix("s3://") else {
+        return true;
+    };
+    let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
+    let bucket_ok = (3..=255).contains(&bucket.len())
+        && bucket.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && bucket.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+    let prefix_ok = prefix.is_empty() || prefix.strip_suffix('/').unwrap_or(prefix).split('/').all(is_component);
+    bucket_ok && prefix_ok
+}
+
+/// [`URI_FILE`]: a well-formed `file://` URI, or one of another scheme.
+pub fn is_file_uri_well_formed(uri: &str) -> bool {
+    let Some(path) = uri.strip_prefix("file://") else {
+        return true;
+    };
+    let path = path.strip_suffix('/').unwrap_or(path);
+    path.strip_prefix('/').is_some_and(|path| path.split('/').all(is_component))
+}
+
+/// [`URI_PLAIN`].
+pub fn is_uri_plain(uri: &str) -> bool {
+    !uri.contains(|c: char| "?#%\\".contains(c) || c.is_ascii_control()) && !uri.ends_with(' ')
+}
+
+/// [`ENDPOINT`].
+pub fn is_endpoint(url: &str) -> bool {
+    let Some(rest) = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://")) else {
+        return false;
+    };
+    let rest = rest.strip_suffix('/').unwrap_or(rest);
+    let (host_ok, port) = if let Some((address, port)) = rest.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        let in_address = |b: u8| b.is_ascii_hexdigit() || b == b':' || b == b'.';
+        (!address.is_empty() && address.bytes().all(in_address), port)
+    } else {
+        let (host, port) = rest.split_at(rest.find(':').unwrap_or(rest.len()));
+        let in_host = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+        (!host.is_empty() && host.bytes().all(in_host), port)
+    };
+    let port_ok = port.is_empty()
+        || port.strip_prefix(':').is_some_and(|port| {
+            (1..=5).contains(&port.len()) && port.bytes().all(|b| b.is_ascii_digit()) && port.parse::<u16>().is_ok()
+        });
+    host_ok && port_ok
+}
+
+/// [`REGION`].
+pub fn is_region(region: &str) -> bool {
+    (1..=64).contains(&region.len())
+        && region.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kube::core::cel::Validator;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    fn cel(rule: Rule, text: &str) -> bool {
+        let schema = json!({"type": "string", "x-kubernetes-validations": [{"rule": rule.0, "message": rule.1}]});
+        match Validator::new().validate(&schema, &json!(text), None) {
+            Ok(()) => true,
+            Err(errors) => {
+                // A rule that does not compile or fails to run would look like one that says no.
+                assert!(errors.as_slice().iter().all(|e| e.message == rule.1), "{errors}");
+                false
+            }
+        }
+    }
+
+    fn cel_uri(text: &str) -> bool {
+        [URI_SCHEME, URI_S3, URI_FILE, URI_PLAIN].into_iter().all(|rule| cel(rule, text))
+    }
+
+    type Function = fn(&str) -> bool;
+
+    /// Rule, function, what they take, what they refuse.
+    type Case = (Rule, Function, &'static [&'static str], &'static [&'static str]);
+
+    #[test]
+    fn both_sides_take_and_refuse_the_same() {
+        let cases: &[Case] = &[
+            (LABEL, is_label, &["a", "0", "gpu-pool", "a--b"], &["", "-a", "a-", "A", "a.b", "a_b", "ä", "a\n"]),
+            (
+                SUBDOMAIN,
+                is_subdomain,
+                &["a", "a.b", "s3-reader", "0.1"],
+                &["", ".", "a.", ".a", "a..b", "A", "-a", "a.-b", "a b"],
+            ),
+            (
+                PATH,
+                is_path,
+                &["/", "/a", "/a/b", "/.a", "/..a", "/...", "/a b", "/ä", "/a.b", "/.../x", "/a\nb"],
+                &["", "a", "a/b", "//", "/a/", "/a//b", "/.", "/..", "/a/.", "/a/..", "/../a", "/./a"],
+            ),
+            (HOST_PATH, is_host_path, &["/mnt/nvme0", "/a", "/.cache"], &["", "/", "a", "/a/", "/a/../b", "//a", "/."]),
+            (
+                ENDPOINT,
+                is_endpoint,
+                &[
+                    "http://127.0.0.1:9000",
+                    "https://s3.example.com",
+                    "https://s3.example.com/",
+                    "http://[::1]:9000",
+                    "http://[::1]",
+                    "http://my_store",
+                ],
+                &[
+                    "",
+                    "s3.example.com",
+                    "ftp://a",
+                    "http://",
+                    "http:///",
+                    "http://a/b",
+                    "http://a//",
+                    "http://a?x",
+                    "http://user:secret@a",
+                    "http://a:",
+                    "http://a:x",
+                    "http://a:123456",
+                    "http://[]",
+                    "http://[::1]x",
+                    "http://[::1]:",
+                    "http://a b",
+                    "HTTP://a",
+                ],
+            ),
+            (REGION, is_region, &["us-east-1", "auto"], &["", "US", "a b", "eu_west"]),
+        ];
+        for (rule, function, good, bad) in cases {
+            for text in *good {
+                assert!(cel(*rule, text), "CEL refuses {text:?}: {}", rule.1);
+                assert!(function(text), "refused: {text:?}: {}", rule.1);
+            }
+            for text in *bad {
+                assert!(!cel(*rule, text), "CEL takes {text:?}: {}", rule.1);
+                assert!(!function(text), "taken: {text:?}: {}", rule.1);
+            }
+        }
+    }
+
+    fn broken_uri_rule(uri: &str) -> Option<Rule> {
+        let rules: [(Rule, Function); 4] = [
+            (URI_SCHEME, is_uri_of_known_scheme),
+            (URI_S3, is_s3_uri_well_formed),
+            (URI_FILE, is_file_uri_well_formed),
+            (URI_PLAIN, is_uri_plain),
+        ];
+        rules.into_iter().find(|(_, holds)| !holds(uri)).map(|(rule, _)| rule)
+    }
+
+    #[test]
+    fn uris_are_judged_alike_and_by_the_right_rule() {
+        for uri in [
+            "s3://bucket",
+            "s3://bucket/",
+            "s3://bucket/a",
+            "s3://bucket/a/b/",
+            "s3://my.bucket-1/a b/ä",
+            "s3://Old_Bucket/",
+            "s3://bucket/...",
+            "file:///data",
+            "file:///data/sets/",
+            "file:///a b",
+        ] {
+            assert_eq!(broken_uri_rule(uri), None, "{uri}");
+            assert!(cel_uri(uri), "{uri}");
+        }
+        for (uri, rule) in [
+            ("", URI_SCHEME),
+            ("bucket", URI_SCHEME),
+            ("gs://bucket/", URI_SCHEME),
+            ("S3://bucket/", URI_SCHEME),
+            ("file:/data", URI_SCHEME),
+            ("s3:/bucket", URI_SCHEME),
+            ("s3://", URI_S3),
+            ("s3:///a", URI_S3),
+            ("s3://ab/", URI_S3),
+            ("s3://-bucket/", URI_S3),
+            ("s3://key:secret@bucket/", URI_S3),
+            ("s3://bucket//", URI_S3),
+            ("s3://bucket/a//", URI_S3),
+            ("s3://bucket/a//b", URI_S3),
+            ("s3://bucket/../b", URI_S3),
+            ("s3://bucket/a/.", URI_S3),
+            ("file://", URI_FILE),
+            ("file:///", URI_FILE),
+            ("file:////", URI_FILE),
+            ("file://host/data", URI_FILE),
+            ("file:///data/../x", URI_FILE),
+            ("file:///data//", URI_FILE),
+            ("s3://bucket/a?b", URI_PLAIN),
+            ("s3://bucket/a%20b", URI_PLAIN),
+            ("file:///a#b", URI_PLAIN),
+            ("file:///a\\b", URI_PLAIN),
+            ("file:///a\tb", URI_PLAIN),
+            ("s3://bucket/a\nb", URI_PLAIN),
+            ("s3://bucket/a ", URI_PLAIN),
+        ] {
+            assert_eq!(broken_uri_rule(uri), Some(rule), "{uri}");
+            assert!(!cel_uri(uri), "{uri}");
+            assert!(!cel(rule, uri), "{uri}: {}", rule.1);
+        }
+    }
+
+    #[test]
+    fn lengths_are_bounded() {
+        let long = "a".repeat(256);
+        assert!(is_label(&long[..63]) && !is_label(&long[..64]));
+        assert!(cel(LABEL, &long[..63]) && !cel(LABEL, &long[..64]));
+        assert!(is_subdomain(&long[..253]) && !is_subdomain(&long[..254]));
+        for (component, ok) in [(&long[..255], true), (&long[..], false)] {
+            let path = format!("/x/{component}");
+            assert_eq!(is_path(&path), ok);
+            assert_eq!(cel(PATH, &path), ok);
+        }
+        assert!(!is_path(&"/abc".repeat(257)));
+        assert!(is_region(&long[..64]) && !is_region(&long[..65]));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn generated_paths_are_judged_alike(path in "/?([.]{0,3}[a/]{0,2}){0,4}/?") {
+            prop_assert_eq!(is_path(&path), cel(PATH, &path), "{}", path);
+            prop_assert_eq!(is_host_path(&path), cel(HOST_PATH, &path), "{}", path);
+        }
+
+        #[test]
+        fn generated_uris_are_judged_alike(uri in "(s3://[a.-]{2,4}|file://|gs://)(/([.]{0,3}[a?]{0,2})){0,3}/?") {
+            prop_assert_eq!(broken_uri_rule(&uri).is_none(), cel_uri(&uri), "{}", uri);
+        }
+
+        #[test]
+        fn generated_endpoints_are_judged_alike(url in "https?:/{1,2}[a.:\\[\\]@]{0,6}(:[0-9]{0,4})?/{0,2}") {
+            prop_assert_eq!(is_endpoint(&url), cel(ENDPOINT, &url), "{}", url);
+        }
+    }
+}

@@ -1,0 +1,320 @@
+//! Making room, off the read path.
+//!
+//! One thread. Superseded chunks go first (after a grace for those who still read the old version, at once under
+//! pressure), then those of forgotten datasets, then what the policies give: for a dataset above its quota, and above
+//! the high watermark down to the low one. Pinned chunks go only with their dataset. The same thread watches the
+//! directory and the free space.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use forebay_protocol::{ChunkKey, FileIdentity};
+use parking_lot::{Condvar, Mutex};
+
+use crate::catalog::{Entry, Name, PINNED, SUPERSEDED};
+use crate::error::Refusal;
+use crate::ledger::Deficit;
+use crate::root::{Loss, Root};
+use crate::shared::Shared;
+
+/// Superseded files that wait for their grace to pass at most (32 bytes each, so 2 MB); the oldest go at once beyond.
+const MAX_WAITING: usize = 65_536;
+/// Rounds of one attempt to make room: each frees what is missing unless others take it meanwhile.
+const MAX_ROUNDS: usize = 8;
+
+/// What the evictor is told.
+#[derive(Debug, Default)]
+pub(crate) struct Signals {
+    state: Mutex<State>,
+    wake: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    kicked: bool,
+    pressure: bool,
+    forgotten: bool,
+    superseded: VecDeque<(Instant, FileIdentity)>,
+}
+
+impl Signals {
+    /// Look now.
+    pub(crate) fn kick(&self) {
+        self.state.lock().kicked = true;
+        self.wake.notify_one();
+    }
+
+    /// Somebody was refused: what may go without a policy goes now.
+    pub(crate) fn press(&self) {
+        let mut state = self.state.lock();
+        // Otherwise only the next look is due, and refusals are frequent once a cache is full.
+        if !state.superseded.is_empty() || state.forgotten {
+            state.pressure = true;
+            state.kicked = true;
+            self.wake.notify_one();
+        }
+    }
+
+    pub(crate) fn forget(&self) {
+        let mut state = self.state.lock();
+        state.forgotten = true;
+        state.kicked = true;
+        self.wake.notify_one();
+    }
+
+    pub(crate) fn supersede(&self, file: FileIdentity, since: Instant) {
+        let mut state = self.state.lock();
+        state.superseded.push_back((since, file));
+        if state.superseded.len() > MAX_WAITING {
+            state.kicked = true;
+            self.wake.notify_one();
+        }
+    }
+}
+
+/// Why a chunk is to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Why {
+    Superseded,
+    Forgotten,
+    Victim,
+    Asked,
+}
+
+/// What became of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// It went; bytes of blocks that it held.
+    Gone(u64),
+    Absent,
+    Pinned,
+    /// The reason no longer holds, or the disk refused.
+    Kept,
+}
+
+impl Shared {
+    /// The evictor thread's body: returns when the store stops.
+    pub(crate) fn evict_until_stopped(&self) {
+        while !self.stopping() {
+            self.watch_directory();
+            self.round();
+            let mut state = self.signals.state.lock();
+            if !state.kicked && !self.stopping() {
+                self.signals.wake.wait_for(&mut state, self.tuning.tick);
+            }
+            state.kicked = false;
+        }
+    }
+
+    /// Unlinks a chunk's file and forgets the chunk, if the reason still holds.
+    pub(crate) fn evict(&self, name: Name, why: Why) -> Outcome {
+        let Ok(_entered) = self.enter() else { return Outcome::Kept };
+        let Some(root) = self.root() else { return Outcome::Kept };
+        let _name = self.stripe(name);
+        let Some(entry) = self.catalog.get(name) else { return Outcome::Absent };
+        let forgotten =
+            self.catalog.ledger(|ledger| ledger.account(entry.slot).is_some_and(|account| account.forgotten));
+        match why {
+            Why::Forgotten if !forgotten => return Outcome::Kept,
+            Why::Superseded if !entry.has(SUPERSEDED) => return Outcome::Kept,
+            Why::Superseded | Why::Victim | Why::Asked if entry.has(PINNED) => return Outcome::Pinned,
+            _ => {}
+        }
+        if let Err(error) = root.unlink_chunk(name.into()) {
+            self.disk_failed("delete a chunk", &error);
+            return Outcome::Kept;
+        }
+        // The stripe is held: it is the entry that was judged, perhaps grown. Removal is never refused.
+        let gone = self.catalog.apply(name, false, |_| None).ok().flatten().unwrap_or(entry);
+        self.detach(name);
+        if matches!(why, Why::Superseded | Why::Victim) {
+            self.catalog.ledger(|ledger| {
+                if let Some(account) = ledger.account(gone.slot) {
+                    account.evicted_bytes += u64::from(gone.data);
+                }
+            });
+        }
+        Outcome::Gone(u64::from(gone.data))
+    }
+
+    /// Evicts what the policies give until `bytes` more of a dataset would be admitted. `false` when they will not.
+    pub(crate) fn make_room(&self, slot: u32, bytes: u64, except: Name) -> bool {
+        let _one = self.evicting.lock();
+        self.drop_superseded(true);
+        for _ in 0..MAX_ROUNDS {
+            let Deficit { dataset, tier } = self.catalog.ledger(|ledger| ledger.deficit(slot, bytes));
+            if dataset == 0 && tier == 0 {
+                return true;
+            }
+            if dataset > 0 && self.evict_of(slot, dataset, Some(except)) == 0 {
+                return false;
+            }
+            let tier = tier.saturating_sub(dataset);
+            if tier > 0 && self.evict_of_tier(tier, Some(except)) == 0 {
+                return false;
+            }
+        }
+        false
+    }
+
+    fn round(&self) {
+        let _one = self.evicting.lock();
+        if let Some(root) = self.root() {
+            self.disk.refresh(&root);
+        }
+        let pressure = std::mem::take(&mut self.signals.state.lock().pressure);
+        self.drop_superseded(pressure);
+        self.drop_forgotten();
+        while !self.stopping() && self.enforce() > 0 {}
+    }
+
+    /// Evicts what is above quotas and the high watermark, a round of it; the number of chunks that went.
+    fn enforce(&self) -> u64 {
+        let over = self.catalog.ledger(|ledger| {
+            let accounts = ledger.accounts.iter().enumerate();
+            let over = accounts.filter_map(|(slot, account)| {
+                let over = account.sum.used.saturating_sub(account.terms.quota?);
+                (over > 0).then_some((slot as u32, over))
+            });
+            over.collect::<Vec<_>>()
+        });
+        let gone: u64 = over.into_iter().map(|(slot, bytes)| self.evict_of(slot, bytes, None)).sum();
+        let over = self.catalog.ledger(|ledger| match ledger.total.used {
+            used if used > ledger.high => used - ledger.low,
+            _ => 0,
+        });
+        gone + if over > 0 { self.evict_of_tier(over, None) } else { 0 }
+    }
+
+    fn drop_superseded(&self, pressure: bool) {
+        let mut kept = BTreeSet::new();
+        while let Some(file) = self.due(pressure) {
+            for name in self.catalog.of_file(file) {
+                // The disk refused: at the next look again. What is pinned comes again when it is unpinned.
+                if self.evict(name, Why::Superseded) == Outcome::Kept {
+                    kept.insert(file);
+                }
+            }
+        }
+        for file in kept {
+            self.signals.supersede(file, Instant::now());
+        }
+    }
+
+    /// The next superseded file whose grace is over.
+    fn due(&self, pressure: bool) -> Option<FileIdentity> {
+        let now = Instant::now();
+        let mut state = self.signals.state.lock();
+        let crowded = state.superseded.len() > MAX_WAITING;
+        let (since, file) = *state.superseded.front()?;
+        if self.stopping() || !(crowded || pressure || now.duration_since(since) >= self.tuning.supersede_grace) {
+            return None;
+        }
+        state.superseded.pop_front();
+        Some(file)
+    }
+
+    fn drop_forgotten(&self) {
+        if !std::mem::take(&mut self.signals.state.lock().forgotten) {
+            return;
+        }
+        let slots: Vec<u32> = self.catalog.ledger(|ledger| {
+            let accounts = ledger.accounts.iter().enumerate();
+            accounts.filter(|(_, account)| account.forgotten).map(|(slot, _)| slot as u32).collect()
+        });
+        for name in self.catalog.select(|name, entry| slots.contains(&entry.slot).then_some(name)) {
+            if self.stopping() {
+                return;
+            }
+            if self.evict(name, Why::Forgotten) == Outcome::Kept {
+                // The disk refused: at the next look again.
+                self.signals.state.lock().forgotten = true;
+            }
+        }
+    }
+
+    fn evict_of_tier(&self, bytes: u64, except: Option<Name>) -> u64 {
+        let shares = self.catalog.ledger(|ledger| ledger.shares(bytes));
+        shares.into_iter().map(|(slot, bytes)| self.evict_of(slot, bytes, except)).sum()
+    }
+
+    /// Evicts at least `bytes` of a dataset if its policy finds as much; the number of chunks that went.
+    fn evict_of(&self, slot: u32, bytes: u64, except: Option<Name>) -> u64 {
+        let terms = self.catalog.ledger(|ledger| ledger.account(slot).map(|account| account.terms));
+        let policy = terms.unwrap_or_default().policy.eviction();
+        let victims = policy.victims(&mut self.catalog.candidates(slot, except), bytes);
+        let gone = |key| matches!(self.evict(Name::from(key), Why::Victim), Outcome::Gone(_));
+        victims.into_iter().filter(|_| !self.stopping()).filter(|key| gone(*key)).count() as u64
+    }
+
+    /// Notices that the directory was removed, gives up what it held, and makes it again.
+    fn watch_directory(&self) {
+        let Some(root) = self.root() else { return };
+        let Some(loss) = root.loss() else { return };
+        let path = root.path().to_owned();
+        let problem = format!("cache directory {} was removed", path.display());
+        if self.disk.problem().as_ref() != Some(&problem) {
+            tracing::warn!(path = %path.display(), "the cache directory was removed; nothing is cached meanwhile");
+        }
+        self.disk.set_lost(Some(problem));
+        for name in self.catalog.select(|name, _| Some(name)) {
+            let _name = self.stripe(name);
+            self.vanish(name, None);
+        }
+        let remade = match loss {
+            Loss::Chunks => root.make_chunks().map_err(|error| error.to_string()),
+            Loss::Directory => Root::open(&path, &self.owner).map_err(|error| error.to_string()).map(|fresh| {
+                fresh.empty_trash();
+                self.set_root(Some(Arc::new(fresh)));
+                self.index.reopen();
+            }),
+        };
+        match remade {
+            Ok(()) => {
+                self.disk.set_lost(None);
+                tracing::info!(path = %path.display(), "the cache directory was made again");
+            }
+            Err(reason) => {
+                let problem =
+                    format!("cache directory {} was removed and cannot be made again: {reason}", path.display());
+                self.disk.set_lost(Some(problem));
+            }
+        }
+    }
+
+    /// Marks the chunks of a file; they go after a grace.
+    pub(crate) fn supersede_file(&self, file: FileIdentity) {
+        let mut any = false;
+        for name in self.catalog.of_file(file) {
+            let before = self
+                .catalog
+                .apply(name, false, |entry| entry.map(|entry| Entry { flags: entry.flags | SUPERSEDED, ..entry }));
+            any |= matches!(before, Ok(Some(_)));
+        }
+        if any {
+            self.signals.supersede(file, Instant::now());
+        }
+    }
+
+    /// What a former process marked: its readers are gone or have read on.
+    pub(crate) fn requeue_superseded(&self) {
+        let files: BTreeSet<FileIdentity> =
+            self.catalog.select(|name, entry| entry.has(SUPERSEDED).then(|| ChunkKey::from(name).file)).collect();
+        for file in files {
+            self.signals.supersede(file, Instant::now());
+        }
+    }
+
+    /// Wakes the evictor so that it sees that the store stops.
+    pub(crate) fn stop_evicting(&self) {
+        self.stopping.store(true, Ordering::Release);
+        self.signals.kick();
+    }
+}
+
+/// A refusal that eviction can do something about.
+pub(crate) fn needs_room(refusal: &Refusal) -> bool {
+    matches!(refusal, Refusal::Quota { .. } | Refusal::Watermark { .. })
+}

@@ -1,0 +1,244 @@
+//! Who uses how many bytes, and who may use more.
+//!
+//! A chunk is charged for what its file takes: the bytes of the blocks held (or being written), the trailer, and the
+//! rounding to pages. A pinned chunk is charged in full from the pin on, so that what is still to be fetched of it has
+//! its place: pinned bytes always fit.
+//!
+//! Invariants: every charge is changed together with the catalog's entry, under the entry's shard lock; so the sums
+//! here are the sums over the entries. A change that adds bytes passes the limits or does not happen.
+
+use std::collections::HashMap;
+
+use forebay_protocol::DatasetId;
+
+use crate::error::{PinRefused, Refusal};
+use crate::policy::Policy;
+
+/// What one chunk contributes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Charge {
+    /// Bytes on disk, or promised.
+    pub(crate) used: u64,
+    /// Bytes of blocks.
+    pub(crate) data: u64,
+    /// `used`, when pinned.
+    pub(crate) pinned: u64,
+    /// Bytes of the chunk, when pinned.
+    pub(crate) pinned_data: u64,
+    pub(crate) chunks: u64,
+}
+
+/// How a dataset may use the store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DatasetPolicy {
+    /// Which chunks go when room is needed.
+    pub policy: Policy,
+    /// Bytes on disk that it may take; `None` for no limit but the tier's.
+    pub quota: Option<u64>,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Account {
+    pub(crate) id: DatasetId,
+    /// Announced and not forgotten.
+    pub(crate) served: bool,
+    pub(crate) forgotten: bool,
+    pub(crate) terms: DatasetPolicy,
+    pub(crate) sum: Charge,
+    pub(crate) evicted_bytes: u64,
+    pub(crate) bypassed: u64,
+    pub(crate) corrupt_blocks: u64,
+}
+
+/// What must go before something fits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Deficit {
+    /// Of the dataset itself.
+    pub(crate) dataset: u64,
+    /// Of the tier.
+    pub(crate) tier: u64,
+}
+
+#[derive(Debug)]
+pub(crate) struct Ledger {
+    pub(crate) capacity: u64,
+    /// Watermarks, in bytes.
+    pub(crate) high: u64,
+    pub(crate) low: u64,
+    pub(crate) total: Charge,
+    /// One per dataset that was ever named in this process; a slot is its position.
+    pub(crate) accounts: Vec<Account>,
+    slots: HashMap<DatasetId, u32>,
+}
+
+impl Ledger {
+    pub(crate) fn new(capacity: u64, high_percent: u8, low_percent: u8) -> Self {
+        // Below capacity, so within u64 again.
+        let percent = |percent: u8| (u128::from(capacity) * u128::from(percent) / 100) as u64;
+        Self {
+            capacity,
+            high: percent(high_percent),
+            low: percent(low_percent),
+            total: Charge::default(),
+            accounts: Vec::new(),
+            slots: HashMap::new(),
+        }
+    }
+
+    /// The slot of a dataset, a new one if need be.
+    pub(crate) fn slot(&mut self, id: DatasetId) -> u32 {
+        *self.slots.entry(id).or_insert_with(|| {
+            self.accounts.push(Account {
+                id,
+                served: false,
+                forgotten: false,
+                terms: DatasetPolicy::default(),
+                sum: Charge::default(),
+                evicted_bytes: 0,
+                bypassed: 0,
+                corrupt_blocks: 0,
+            });
+            (self.accounts.len() - 1) as u32
+        })
+    }
+
+    pub(crate) fn find(&self, id: DatasetId) -> Option<&Account> {
+        self.slots.get(&id).and_then(|slot| self.accounts.get(*slot as usize))
+    }
+
+    pub(crate) fn account(&mut self, slot: u32) -> Option<&mut Account> {
+        self.accounts.get_mut(slot as usize)
+    }
+
+    /// Replaces one charge of a dataset by another. With `limited`, a change that adds bytes must fit.
+    pub(crate) fn exchange(&mut self, slot: u32, from: Charge, to: Charge, limited: bool) -> Result<(), Refusal> {
+        if limited {
+            self.check(slot, from, to)?;
+        }
+        let Some(account) = self.accounts.get_mut(slot as usize) else { return Err(Refusal::Dataset) };
+        for sum in [&mut account.sum, &mut self.total] {
+            // Every `from` was added before: sums never go below zero.
+            sum.used = sum.used + to.used - from.used;
+            sum.data = sum.data + to.data - from.data;
+            sum.pinned = sum.pinned + to.pinned - from.pinned;
+            sum.pinned_data = sum.pinned_data + to.pinned_data - from.pinned_data;
+            sum.chunks = sum.chunks + to.chunks - from.chunks;
+        }
+        Ok(())
+    }
+
+    /// Whether `bytes` more of a dataset would be admitted now.
+    pub(crate) fn would_admit(&self, slot: u32, bytes: u64) -> Result<(), Refusal> {
+        let account = self.accounts.get(slot as usize).filter(|account| account.served).ok_or(Refusal::Dataset)?;
+        if let Some(quota) = account.terms.quota {
+            let available = quota.saturating_sub(account.sum.used);
+            if bytes > available {
+                return Err(Refusal::Quota { wanted: bytes, available, quota });
+            }
+        }
+        let available = self.high.saturating_sub(self.total.used);
+        if bytes > available {
+            return Err(Refusal::Watermark { wanted: bytes, available, limit: self.high });
+        }
+        Ok(())
+    }
+
+    /// Whether `bytes` more of a dataset could be pinned.
+    pub(crate) fn would_pin(&self, slot: u32, bytes: u64) -> Result<(), PinRefused> {
+        let account = self.accounts.get(slot as usize);
+        let of_dataset = account.and_then(|a| a.terms.quota.map(|quota| (quota, a.sum.pinned, "the dataset's quota")));
+        let of_tier = (self.low, self.total.pinned, "the cache's low watermark");
+        for (limit, pinned, limited_by) in of_dataset.into_iter().chain([of_tier]) {
+            let available = limit.saturating_sub(pinned);
+            if bytes > available {
+                return Err(PinRefused { wanted: bytes, available, limit, limited_by });
+            }
+        }
+        Ok(())
+    }
+
+    /// What must go for `bytes` more of a dataset to be admitted.
+    pub(crate) fn deficit(&self, slot: u32, bytes: u64) -> Deficit {
+        let account = self.accounts.get(slot as usize);
+        let quota = account.and_then(|account| account.terms.quota.map(|quota| (account.sum.used, quota)));
+        Deficit {
+            dataset: quota.map_or(0, |(used, quota)| used.saturating_add(bytes).saturating_sub(quota)),
+            tier: self.total.used.saturating_add(bytes).saturating_sub(self.high),
+        }
+    }
+
+    /// Splits bytes that the tier must lose over the datasets, by what each has that may go.
+    pub(crate) fn shares(&self, bytes: u64) -> Vec<(u32, u64)> {
+        let evictable = |account: &Account| account.sum.used - account.sum.pinned;
+        let all: u64 = self.accounts.iter().map(evictable).sum();
+        if all == 0 {
+            return Vec::new();
+        }
+        let share = |mine: u64| (u128::from(bytes) * u128::from(mine)).div_ceil(u128::from(all)) as u64;
+        let accounts = self.accounts.iter().enumerate();
+        accounts.map(|(slot, account)| (slot as u32, share(evictable(account)))).filter(|(_, n)| *n > 0).collect()
+    }
+
+    fn check(&self, slot: u32, from: Charge, to: Charge) -> Result<(), Refusal> {
+        if to.used > from.used {
+            let account = self.accounts.get(slot as usize).ok_or(Refusal::Dataset)?;
+            if account.forgotten {
+                return Err(Refusal::Dataset);
+            }
+            // Bytes of a dataset that is not announced yet are on disk already: only the tier limits them.
+            match self.would_admit(slot, to.used - from.used) {
+                Err(Refusal::Dataset) => self.fits_tier(to.used - from.used)?,
+                other => other?,
+            }
+        }
+        if to.pinned > from.pinned {
+            self.would_pin(slot, to.pinned - from.pinned)?;
+        }
+        Ok(())
+    }
+
+    fn fits_tier(&self, bytes: u64) -> Result<(), Refusal> {
+        let available = self.high.saturating_sub(self.total.used);
+        if bytes <= available {
+            return Ok(());
+        }
+        Err(Refusal::Watermark { wanted: bytes, available, limit: self.high })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn charge(used: u64) -> Charge {
+        Charge { used, data: used, pinned: 0, pinned_data: 0, chunks: 1 }
+    }
+
+    #[test]
+    fn limits_hold_and_sums_add_up() {
+        let mut ledger = Ledger::new(1000, 90, 50);
+        let a = ledger.slot(DatasetId::local("n", "a"));
+        let b = ledger.slot(DatasetId::local("n", "b"));
+        for slot in [a, b] {
+            ledger.account(slot).unwrap().served = true;
+        }
+        ledger.account(a).unwrap().terms.quota = Some(300);
+        let none = Charge::default();
+        assert_eq!(
+            ledger.exchange(a, none, charge(301), true),
+            Err(Refusal::Quota { wanted: 301, available: 300, quota: 300 })
+        );
+        ledger.exchange(a, none, charge(300), true).unwrap();
+        assert_eq!(
+            ledger.exchange(b, none, charge(601), true),
+            Err(Refusal::Watermark { wanted: 601, available: 600, limit: 900 })
+        );
+        ledger.exchange(b, none, charge(600), true).unwrap();
+        assert_eq!(ledger.deficit(a, 10), Deficit { dataset: 10, tier: 10 });
+        assert_eq!(ledger.shares(90), [(a, 30), (b, 60)]);
+        ledger.exchange(b, charge(600), none, true).unwrap();
+        assert_eq!(ledger.total, charge(300));
+        assert!(ledger.would_pin(b, 501).is_err_and(|refused| refused.available == 500 && refused.limit == 500));
+        assert!(ledger.would_pin(a, 301).is_err_and(|refused| refused.limited_by.contains("quota")));
+    }
+}

@@ -1,0 +1,74 @@
+//! After an unclean end: makes catalog and directory tree agree, directory by directory, in the background.
+//!
+//! Entries without a file go (a pinned chunk keeps its place), files without an entry are taken in if they are good and
+//! fit, and deleted if not; the bytes of every entry are those that its file has. A chunk that somebody opened meanwhile
+//! is left alone: opening it did the same. Blocks are not verified here but at their first use.
+
+use std::sync::atomic::Ordering;
+
+use forebay_protocol::ChunkKey;
+
+use crate::catalog::Name;
+use crate::files::Load;
+use crate::root::{DIRECTORIES, Root};
+use crate::shared::Shared;
+
+impl Shared {
+    /// The sweep thread's body.
+    pub(crate) fn sweep(&self) {
+        if let Some(root) = self.root() {
+            root.empty_trash();
+        }
+        if self.unswept.load(Ordering::Acquire) {
+            let mut complete = true;
+            for directory in 0..DIRECTORIES {
+                complete &= self.sweep_directory(directory);
+                if self.stopping() {
+                    return;
+                }
+            }
+            if complete {
+                self.unswept.store(false, Ordering::Release);
+            } else {
+                tracing::warn!("the cache directory could not be swept in full; the next start tries again");
+            }
+        }
+        self.sweeping.store(false, Ordering::Release);
+    }
+
+    /// Whether everything in it could be judged.
+    fn sweep_directory(&self, directory: u16) -> bool {
+        let Some(root) = self.root() else { return false };
+        let mut complete = true;
+        let files = match root.chunks_in(directory) {
+            Ok(files) => files,
+            Err(error) => {
+                tracing::warn!(directory, %error, "cannot list a cache directory");
+                return false;
+            }
+        };
+        for key in &files {
+            if self.stopping() {
+                return false;
+            }
+            complete &= self.sweep_chunk(&root, *key);
+        }
+        for name in self.catalog.of_directory(directory) {
+            if files.binary_search(&name.into()).is_err() {
+                // Perhaps created since the listing: looks again.
+                complete &= self.sweep_chunk(&root, name.into());
+            }
+        }
+        complete
+    }
+
+    fn sweep_chunk(&self, root: &Root, key: ChunkKey) -> bool {
+        let Ok(_entered) = self.enter() else { return false };
+        let name = Name::from(key);
+        let _name = self.stripe(name);
+        if self.catalog.live(name).is_some() {
+            return true;
+        }
+        !matches!(self.load(root, key, None), Load::Unavailable(_))
+    }
+}

@@ -1,0 +1,241 @@
+//! What a worker is told: its options, and the two files that it reads again when they change.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
+
+use forebay_protocol::{
+    DatasetId,
+    handshake::RuntimeKey,
+    table::{MAX_MEMBERS, WorkerTable},
+};
+use forebay_under_store::{Limits, SourceSpec};
+use serde::{Deserialize, Serialize};
+
+/// Largest table or datasets file: 4,096 members or datasets of 1 KiB each, four times.
+const MAX_FILE: u64 = 16 * 1024 * 1024;
+/// Most datasets that one worker serves.
+const MAX_DATASETS: usize = 4096;
+
+/// Options of a worker process.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct WorkerOptions {
+    /// Its name in the worker table.
+    pub name: String,
+    /// Where it listens for data and control connections. Port 0: any.
+    pub listen: SocketAddr,
+    /// Where it answers `/metrics`, `/healthz` and `/readyz`; `None`: nowhere.
+    pub metrics_listen: Option<SocketAddr>,
+    /// Whose cache the directory is, such as `namespace/runtime/worker`: a directory of another owner is refused.
+    pub owner: String,
+    /// Directory of chunks and metadata.
+    pub cache_dir: PathBuf,
+    /// Bytes that the cache may take.
+    pub capacity: u64,
+    /// Fill level, in percent of the capacity, at which nothing more is admitted and eviction begins.
+    pub high_percent: u8,
+    /// Fill level at which eviction ends.
+    pub low_percent: u8,
+    /// The worker table (JSON).
+    pub table: PathBuf,
+    /// The datasets to serve, a [`DatasetsFile`]. It holds credentials: nobody else may read it.
+    pub datasets: PathBuf,
+    /// The runtime's key: 64 hexadecimal digits.
+    pub key_file: PathBuf,
+    /// Limits towards each source.
+    pub limits: Limits,
+    /// Bytes of file contents that may be in memory at once.
+    pub memory_budget: u64,
+}
+
+impl Default for WorkerOptions {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            listen: ([127, 0, 0, 1], 0).into(),
+            metrics_listen: None,
+            owner: String::new(),
+            cache_dir: PathBuf::new(),
+            capacity: 10 << 30,
+            high_percent: 95,
+            low_percent: 90,
+            table: PathBuf::new(),
+            datasets: PathBuf::new(),
+            key_file: PathBuf::new(),
+            limits: Limits::default(),
+            memory_budget: 256 << 20,
+        }
+    }
+}
+
+/// The datasets that a worker serves.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct DatasetsFile {
+    /// In no particular order; ids are unique.
+    pub datasets: Vec<DatasetConfig>,
+}
+
+/// A dataset to serve.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct DatasetConfig {
+    /// Its identity.
+    pub id: DatasetId,
+    /// Namespace of its object.
+    pub namespace: String,
+    /// Name of its object.
+    pub name: String,
+    /// Where its files come from.
+    pub sources: Vec<SourceConfig>,
+    /// What is admitted and evicted.
+    #[serde(default)]
+    pub policy: Policy,
+    /// Bytes that this worker may hold of it; `None`: what fits.
+    #[serde(default)]
+    pub quota: Option<u64>,
+}
+
+/// One source of a dataset.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct SourceConfig {
+    /// Where it appears in the dataset's namespace, such as `/` or `/train`.
+    pub path: String,
+    /// What it is.
+    pub spec: SourceSpec,
+}
+
+/// What is admitted and evicted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Policy {
+    /// Admit until the quota, then read through.
+    #[default]
+    Hold,
+}
+
+/// Why a file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// It cannot be read.
+    #[error("cannot read {}", .path.display())]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Its contents are wrong.
+    #[error("{}: {message}", .path.display())]
+    Invalid {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong.
+        message: String,
+    },
+}
+
+impl ConfigError {
+    fn invalid(path: &Path, message: impl Into<String>) -> Self {
+        Self::Invalid { path: path.to_owned(), message: message.into() }
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, ConfigError> {
+    let failed = |source| ConfigError::Read { path: path.to_owned(), source };
+    let length = fs::metadata(path).map_err(failed)?.len();
+    if length > MAX_FILE {
+        return Err(ConfigError::invalid(path, format!("{length} bytes are more than {MAX_FILE}")));
+    }
+    fs::read(path).map_err(failed)
+}
+
+/// Reads and checks a worker table.
+pub(crate) fn read_table(path: &Path) -> Result<WorkerTable, ConfigError> {
+    let table: WorkerTable =
+        serde_json::from_slice(&read(path)?).map_err(|error| ConfigError::invalid(path, error.to_string()))?;
+    if table.members.len() > MAX_MEMBERS {
+        return Err(ConfigError::invalid(path, format!("more than {MAX_MEMBERS} members")));
+    }
+    let mut names: Vec<&str> = table.members.iter().map(|member| member.name.as_str()).collect();
+    names.sort_unstable();
+    if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(ConfigError::invalid(path, format!("member '{}' stands twice", twice[0])));
+    }
+    Ok(table)
+}
+
+/// Reads and checks the datasets. The message of an error never shows contents: they include credentials.
+pub(crate) fn read_datasets(path: &Path) -> Result<Vec<DatasetConfig>, ConfigError> {
+    let bytes = read(path)?;
+    let mode =
+        fs::metadata(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?.permissions().mode();
+    if mode & 0o007 != 0 {
+        let message = format!("mode {:o} lets everybody read its credentials; chmod 600", mode & 0o777);
+        return Err(ConfigError::invalid(path, message));
+    }
+    let file: DatasetsFile = serde_json::from_slice(&bytes).map_err(|error| {
+        ConfigError::invalid(path, format!("line {}, column {}: not a list of datasets", error.line(), error.column()))
+    })?;
+    if file.datasets.len() > MAX_DATASETS {
+        return Err(ConfigError::invalid(path, format!("more than {MAX_DATASETS} datasets")));
+    }
+    let mut ids: Vec<DatasetId> = file.datasets.iter().map(|dataset| dataset.id).collect();
+    ids.sort_unstable();
+    if let Some(twice) = ids.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(ConfigError::invalid(path, format!("dataset {} stands twice", twice[0])));
+    }
+    Ok(file.datasets)
+}
+
+/// Reads the runtime's key.
+pub(crate) fn read_key(path: &Path) -> Result<RuntimeKey, ConfigError> {
+    let mut key = [0u8; 32];
+    let text = read(path)?;
+    hex::decode_to_slice(text.trim_ascii(), &mut key)
+        .map_err(|_| ConfigError::invalid(path, "a key has 64 hexadecimal digits"))?;
+    Ok(RuntimeKey::new(key))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_round_trip_and_unknown_fields_are_refused() {
+        let options = WorkerOptions { name: "w-0".into(), ..WorkerOptions::default() };
+        let text = serde_json::to_string(&options).unwrap();
+        assert_eq!(serde_json::from_str::<WorkerOptions>(&text).unwrap(), options);
+        assert!(serde_json::from_str::<WorkerOptions>(r#"{"nmae": "w"}"#).is_err());
+    }
+
+    #[test]
+    fn bad_files_are_refused_without_showing_credentials() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("datasets.json");
+        let write = |text: &str, mode| {
+            fs::write(&path, text).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        };
+        write(r#"{"datasets": []}"#, 0o600);
+        assert_eq!(read_datasets(&path).unwrap(), []);
+        write(r#"{"datasets": []}"#, 0o644);
+        assert!(read_datasets(&path).unwrap_err().to_string().contains("chmod 600"));
+        write(r#"{"datasets": ["hunter2"]}"#, 0o600);
+        assert!(!read_datasets(&path).unwrap_err().to_string().contains("hunter2"));
+
+        let key = dir.path().join("key");
+        fs::write(&key, format!("{}\n", "0f".repeat(32))).unwrap();
+        assert_eq!(read_key(&key).unwrap().expose(), &[0x0f; 32]);
+        fs::write(&key, "0f").unwrap();
+        assert!(read_key(&key).is_err());
+
+        let table = dir.path().join("table.json");
+        fs::write(&table, r#"{"epoch":1,"members":[{"name":"a","address":""},{"name":"a","address":""}]}"#).unwrap();
+        assert!(read_table(&table).unwrap_err().to_string().contains("stands twice"));
+    }
+}

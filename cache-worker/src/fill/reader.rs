@@ -1,0 +1,346 @@
+//! One request's view of a chunk: its blocks in order, as they become valid.
+
+use std::{collections::VecDeque, ops::Range, sync::Arc};
+
+use forebay_cache_store::{Chunk, ChunkSpec, Extent};
+use forebay_protocol::{BLOCK_SIZE, ChunkKey, DatasetPath, FileVersion, frame::MAX_DATA_BLOCKS};
+
+use super::{
+    CHUNK_BLOCKS, Class, FillEngine, FillError,
+    chunk::{Block, ChunkFill, Place},
+    run::Run,
+};
+use crate::dataset::Dataset;
+
+/// How often blocks may vanish under a reader (evicted, or found damaged) before it is told that something is wrong.
+const ATTEMPTS: u32 = 8;
+
+/// Neighbouring blocks, at most [`MAX_DATA_BLOCKS`].
+pub(crate) enum Piece {
+    /// On disk.
+    Stored {
+        /// First block, relative to the file.
+        first: u64,
+        /// Where.
+        extent: Extent,
+        /// Whose; to be told when the file does not hold what it must.
+        chunk: Arc<Chunk>,
+        /// First block, relative to the chunk.
+        first_in_chunk: u32,
+    },
+    /// In memory.
+    Memory {
+        /// First block, relative to the file.
+        first: u64,
+        /// The blocks.
+        blocks: Vec<Block>,
+    },
+}
+
+/// Gives the blocks of a range within one chunk, in order.
+pub(crate) struct BlockReader {
+    engine: FillEngine,
+    dataset: Arc<Dataset>,
+    path: DatasetPath,
+    version: FileVersion,
+    key: ChunkKey,
+    class: Class,
+    chunk: Option<Arc<Chunk>>,
+    /// What is still wanted, relative to the chunk.
+    blocks: Range<u32>,
+    /// Found on disk, not yet given.
+    ready: VecDeque<Piece>,
+    /// Made when the first block is missing.
+    fill: Option<Arc<ChunkFill>>,
+    /// For each of `blocks` the run that the reader waits for.
+    attached: VecDeque<Option<Arc<Run>>>,
+    attempts: u32,
+    /// Blocks that were valid when the request came.
+    pub(crate) hits: u32,
+    /// The others.
+    pub(crate) misses: u32,
+}
+
+impl Drop for BlockReader {
+    fn drop(&mut self) {
+        if let Some(fill) = &self.fill {
+            fill.detach(self.blocks.start, self.attached.make_contiguous());
+        }
+    }
+}
+
+/// What is asked of a chunk.
+#[derive(Clone, Debug)]
+pub(crate) struct Wanted {
+    /// Whose.
+    pub(crate) dataset: Arc<Dataset>,
+    /// Of which file.
+    pub(crate) path: DatasetPath,
+    /// Of which version of it.
+    pub(crate) version: FileVersion,
+    /// Which chunk; it belongs to the three above.
+    pub(crate) key: ChunkKey,
+    /// Which blocks, relative to the chunk; not empty, within the file.
+    pub(crate) blocks: Range<u32>,
+}
+
+impl Wanted {
+    fn spec(&self) -> ChunkSpec {
+        ChunkSpec { dataset: self.dataset.id, path: self.path.clone(), version: self.version.clone(), key: self.key }
+    }
+
+    fn count(&self) -> u32 {
+        self.blocks.end - self.blocks.start
+    }
+}
+
+impl FillEngine {
+    /// A reader of blocks, of which the missing ones are fetched.
+    pub(crate) async fn read(&self, wanted: Wanted, class: Class) -> Result<BlockReader, FillError> {
+        self.open(wanted, class, true).await
+    }
+
+    /// A reader of blocks that are all held; [`FillError::NotHeld`] otherwise. Nothing is fetched.
+    pub(crate) async fn read_held(&self, wanted: Wanted) -> Result<BlockReader, FillError> {
+        self.open(wanted, Class::Background, false).await
+    }
+
+    async fn open(&self, wanted: Wanted, class: Class, fetch: bool) -> Result<BlockReader, FillError> {
+        let (store, spec, key, range) = (self.store().clone(), wanted.spec(), wanted.key, wanted.blocks.clone());
+        let (chunk, hits, ready) = blocking(move || {
+            let Some(chunk) = store.chunk(&spec, fetch) else { return (None, 0, VecDeque::new()) };
+            let hits = range.clone().filter(|block| chunk.is_valid(*block)).count() as u32;
+            let ready = stored_pieces(&chunk, key, range);
+            (Some(chunk), hits, ready)
+        })
+        .await?;
+        let count = wanted.count();
+        let held = ready_blocks(&ready) == count;
+        if !held && !fetch {
+            return Err(FillError::NotHeld);
+        }
+        let mut reader = BlockReader::new(self, wanted, class, chunk, ready);
+        (reader.hits, reader.misses) = (hits, count - hits);
+        if !held {
+            reader.attach();
+        }
+        Ok(reader)
+    }
+
+    /// Makes blocks valid on disk and gives how many of them could not be stored. What the tier does not admit is not
+    /// fetched. With `pinned`, the chunk is pinned first, so that its place is kept.
+    pub(crate) async fn load(&self, wanted: Wanted, pinned: bool) -> Result<u32, FillError> {
+        let (store, spec) = (self.store().clone(), wanted.spec());
+        let chunk = blocking(move || match pinned {
+            true => store.pinned_chunk(&spec).map(Some).map_err(|error| FillError::NotPinned(error.to_string().into())),
+            false => Ok(store.chunk(&spec, true)),
+        })
+        .await??;
+        let Some(chunk) = chunk else { return Ok(wanted.count()) };
+        let mut reader = BlockReader::new(self, wanted, Class::Background, Some(chunk), VecDeque::new());
+        reader.attach();
+        reader.settle().await
+    }
+}
+
+impl BlockReader {
+    fn new(
+        engine: &FillEngine,
+        wanted: Wanted,
+        class: Class,
+        chunk: Option<Arc<Chunk>>,
+        ready: VecDeque<Piece>,
+    ) -> Self {
+        let Wanted { dataset, path, version, key, blocks } = wanted;
+        Self {
+            engine: engine.clone(),
+            dataset,
+            path,
+            version,
+            key,
+            class,
+            chunk,
+            blocks,
+            ready,
+            fill: None,
+            attached: VecDeque::new(),
+            attempts: 0,
+            hits: 0,
+            misses: 0,
+        }
+    }
+
+    /// Starts to fetch what is missing and in nobody's hands.
+    fn attach(&mut self) {
+        let fill = self
+            .fill
+            .get_or_insert_with(|| self.engine.chunk_fill(&self.dataset, &self.path, &self.version, self.key))
+            .clone();
+        self.attached.resize((self.blocks.end - self.blocks.start) as usize, None);
+        let attached = self.attached.make_contiguous();
+        fill.attach(self.blocks.clone(), self.chunk.as_ref(), self.class, attached);
+    }
+
+    /// The next blocks; `None` at the end. Dropping the future loses nothing.
+    pub(crate) async fn next(&mut self) -> Result<Option<Piece>, FillError> {
+        loop {
+            if self.blocks.is_empty() {
+                return Ok(None);
+            }
+            if let Some(piece) = self.ready.pop_front() {
+                self.advance(piece_blocks(&piece));
+                return Ok(Some(piece));
+            }
+            if let Some(piece) = self.take_memory() {
+                return Ok(Some(piece));
+            }
+            if self.look_on_disk().await? {
+                continue;
+            }
+            self.wait(true).await?;
+        }
+    }
+
+    /// Waits until everything is valid on disk, without reading it. Gives the blocks that are not.
+    async fn settle(mut self) -> Result<u32, FillError> {
+        let mut unstored = 0;
+        while !self.blocks.is_empty() {
+            if self.chunk.as_ref().is_some_and(|chunk| chunk.is_valid(self.blocks.start)) {
+                self.advance(1);
+                continue;
+            }
+            let bypassed = self.attached.front().and_then(Option::as_ref).is_some_and(|run| run.bypasses());
+            if bypassed && let Some(piece) = self.take_memory() {
+                unstored += piece_blocks(&piece);
+                continue;
+            }
+            self.wait(false).await?;
+        }
+        Ok(unstored)
+    }
+
+    /// Passes `count` blocks.
+    fn advance(&mut self, count: u32) {
+        if let Some(fill) = &self.fill
+            && !self.attached.is_empty()
+        {
+            let passed = (count as usize).min(self.attached.len());
+            fill.detach(self.blocks.start, &mut self.attached.make_contiguous()[..passed]);
+            self.attached.drain(..passed);
+        }
+        self.blocks.start += count;
+        self.attempts = 0;
+    }
+
+    fn take_memory(&mut self) -> Option<Piece> {
+        let fill = self.fill.as_ref()?;
+        let taken = fill.take(self.blocks.start, MAX_DATA_BLOCKS as usize, self.attached.make_contiguous());
+        if taken.is_empty() {
+            return None;
+        }
+        let first = self.first_in_file();
+        self.advance(taken.len() as u32);
+        Some(Piece::Memory { first, blocks: taken })
+    }
+
+    fn first_in_file(&self) -> u64 {
+        u64::from(self.key.index) * u64::from(CHUNK_BLOCKS) + u64::from(self.blocks.start)
+    }
+
+    /// Finds pieces on disk, from the next block on.
+    async fn look_on_disk(&mut self) -> Result<bool, FillError> {
+        let Some(chunk) = self.valid_chunk() else { return Ok(false) };
+        let end = self.blocks.clone().find(|block| !chunk.is_valid(*block)).unwrap_or(self.blocks.end);
+        let (key, range) = (self.key, self.blocks.start..end);
+        let target = chunk.clone();
+        self.ready = blocking(move || stored_pieces(&target, key, range)).await?;
+        if self.ready.is_empty() {
+            // Found damaged just now: it is no longer valid and must be fetched.
+            self.try_again()?;
+        }
+        Ok(!self.ready.is_empty())
+    }
+
+    /// The chunk in which the next block is valid: the reader's own, or the one that its run has written to.
+    fn valid_chunk(&self) -> Option<Arc<Chunk>> {
+        let valid = |chunk: &&Arc<Chunk>| chunk.is_valid(self.blocks.start);
+        let run = self.attached.front().and_then(Option::as_ref);
+        self.chunk.as_ref().filter(valid).or(run.and_then(|run| run.chunk.as_ref()).filter(valid)).cloned()
+    }
+
+    fn try_again(&mut self) -> Result<(), FillError> {
+        self.attempts += 1;
+        if self.attempts > ATTEMPTS {
+            return Err(FillError::internal("blocks vanish as fast as they are fetched"));
+        }
+        if let Some(fill) = &self.fill {
+            fill.forget_absent(self.blocks.start, self.attached.make_contiguous());
+        }
+        self.attach();
+        Ok(())
+    }
+
+    /// Waits until the next block has changed its place. A block that is on its way from memory to disk counts as arrived
+    /// only if `memory_will_do`.
+    async fn wait(&mut self, memory_will_do: bool) -> Result<(), FillError> {
+        let (Some(fill), Some(Some(run))) = (self.fill.clone(), self.attached.front().cloned()) else {
+            return self.try_again();
+        };
+        let changed = run.changed.notified();
+        tokio::pin!(changed);
+        // From here on no notification is lost; then look once more.
+        changed.as_mut().enable();
+        match fill.place(self.blocks.start, &run) {
+            Place::InFlight => changed.await,
+            Place::Arrived if memory_will_do || run.bypasses() => {}
+            Place::Arrived => changed.await,
+            Place::Absent => {
+                if self.valid_chunk().is_some() {
+                    return Ok(());
+                }
+                match run.outcome() {
+                    Some(Err(error)) => return Err(error.clone()),
+                    // Written, and already evicted or invalidated.
+                    Some(Ok(())) | None => return self.try_again(),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Pieces of what is valid of `blocks`, from its start to the first block that is not.
+fn stored_pieces(chunk: &Arc<Chunk>, key: ChunkKey, blocks: Range<u32>) -> VecDeque<Piece> {
+    let mut pieces = VecDeque::new();
+    let mut at = blocks.start;
+    while at < blocks.end {
+        let valid =
+            (at..blocks.end.min(at + MAX_DATA_BLOCKS)).take_while(|block| chunk.is_valid(*block)).count() as u32;
+        if valid == 0 {
+            break;
+        }
+        let Some(extent) = chunk.send(at, valid) else { break };
+        let first = u64::from(key.index) * u64::from(CHUNK_BLOCKS) + u64::from(at);
+        pieces.push_back(Piece::Stored { first, extent, chunk: chunk.clone(), first_in_chunk: at });
+        at += valid;
+    }
+    pieces
+}
+
+fn piece_blocks(piece: &Piece) -> u32 {
+    match piece {
+        Piece::Stored { extent, .. } => extent.checksums.len() as u32,
+        Piece::Memory { blocks, .. } => blocks.len() as u32,
+    }
+}
+
+fn ready_blocks(pieces: &VecDeque<Piece>) -> u32 {
+    pieces.iter().map(piece_blocks).sum()
+}
+
+/// Disk input/output off the runtime's threads.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, FillError> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| FillError::internal(format!("a disk task failed: {error}")))
+}
+
+const _: () = assert!(BLOCK_SIZE * CHUNK_BLOCKS as u64 == forebay_protocol::CHUNK_SIZE);

@@ -1,0 +1,318 @@
+//! One conditional GET for neighbouring blocks of a chunk, and its way into the chunk's file.
+//!
+//! The receiving half checks nothing but lengths (the store has compared the version); it computes each block's checksum,
+//! hands the block to waiters, and queues it for the writing half, which makes neighbouring blocks one write. When the
+//! disk refuses, the run goes on in memory.
+
+use std::{
+    future::Future,
+    ops::Range,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use bytes::{Bytes, BytesMut};
+use forebay_cache_store::Chunk;
+use forebay_protocol::{BLOCK_SIZE, block_checksum};
+use futures::{StreamExt, stream};
+use tokio::{
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    time::timeout,
+};
+use tracing::{debug, warn};
+
+use super::{
+    CHUNK_BLOCKS, Class, Conflict, FillError, Pools, RECHECK_WAIT, RUNS_PER_REQUEST,
+    chunk::{Block, ChunkFill},
+};
+
+/// Blocks that one write to the chunk's file takes at most: 1 MiB.
+const WRITE_BATCH: usize = 16;
+
+/// A fetch of neighbouring blocks.
+pub(super) struct Run {
+    /// Relative to the chunk.
+    pub(super) blocks: Range<u32>,
+    /// Where the blocks go; `None`: nowhere, they are only handed to waiters.
+    pub(super) chunk: Option<Arc<Chunk>>,
+    /// Something happened to a block of this run.
+    pub(super) changed: Notify,
+    /// A waiter has gone.
+    pub(super) reconsider: Notify,
+    /// A reader waits, though the run began in the background.
+    promoted: Notify,
+    demand: AtomicBool,
+    bypass: AtomicBool,
+    /// The permit that every run has beside the budget.
+    minimum: Arc<Semaphore>,
+    outcome: OnceLock<Result<(), FillError>>,
+}
+
+impl Run {
+    pub(super) fn new(blocks: Range<u32>, chunk: Option<Arc<Chunk>>, class: Class) -> Self {
+        Self {
+            blocks,
+            bypass: AtomicBool::new(chunk.is_none()),
+            chunk,
+            changed: Notify::new(),
+            reconsider: Notify::new(),
+            promoted: Notify::new(),
+            demand: AtomicBool::new(class == Class::Demand),
+            minimum: Arc::new(Semaphore::new(1)),
+            outcome: OnceLock::new(),
+        }
+    }
+
+    /// How it ended; `None` while it goes on.
+    pub(super) fn outcome(&self) -> Option<&Result<(), FillError>> {
+        self.outcome.get()
+    }
+
+    /// Whether its blocks stay in memory until their waiters have them. Changed and read under the slots' lock.
+    pub(super) fn bypasses(&self) -> bool {
+        self.bypass.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_bypass(&self) {
+        self.bypass.store(true, Ordering::Relaxed);
+    }
+
+    /// A reader waits for it now.
+    pub(super) fn promote(&self) {
+        if !self.demand.swap(true, Ordering::Relaxed) {
+            // One permit is kept for a waiter that comes later, so this is not lost.
+            self.promoted.notify_one();
+        }
+    }
+
+    /// Waits for its turn at the source.
+    async fn turn(&self, pools: &Pools) -> Result<OwnedSemaphorePermit, FillError> {
+        let closed = |_| FillError::Stopping;
+        let turn = async {
+            if self.demand.load(Ordering::Relaxed) {
+                return pools.demand.clone().acquire_owned().await.map_err(closed);
+            }
+            tokio::select! {
+                permit = pools.background.clone().acquire_owned() => permit.map_err(closed),
+                () = self.promoted.notified() => pools.demand.clone().acquire_owned().await.map_err(closed),
+            }
+        };
+        timeout(pools.wait, turn)
+            .await
+            .unwrap_or_else(|_| Err(FillError::Unavailable("no turn at the source within its deadline".into())))
+    }
+
+    /// Waits for room for one block in memory.
+    async fn room(&self, budget: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, FillError> {
+        if let Ok(permit) = budget.clone().try_acquire_owned() {
+            return Ok(permit);
+        }
+        let permit = tokio::select! {
+            permit = self.minimum.clone().acquire_owned() => permit,
+            permit = budget.clone().acquire_owned() => permit,
+        };
+        permit.map_err(|_| FillError::Stopping)
+    }
+}
+
+/// Ends its run in any case, also when the task is dropped or panics.
+struct Ending {
+    fill: Arc<ChunkFill>,
+    run: Arc<Run>,
+}
+
+impl Ending {
+    fn with(self, outcome: Result<(), FillError>) {
+        // Only the owner of this guard sets it.
+        let _ = self.run.outcome.set(outcome);
+    }
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.run.outcome.get_or_init(|| Err(FillError::Stopping));
+        self.fill.ended(&self.run);
+    }
+}
+
+/// Fetches runs, a few at a time, in order.
+pub(super) fn drive(fill: Arc<ChunkFill>, runs: Vec<Arc<Run>>) -> impl Future<Output = ()> + Send {
+    // Guards first: a task that never gets to run ends its runs too.
+    let endings: Vec<Ending> = runs.into_iter().map(|run| Ending { fill: fill.clone(), run }).collect();
+    stream::iter(endings).for_each_concurrent(RUNS_PER_REQUEST, |ending| async move {
+        let (fill, run) = (ending.fill.clone(), ending.run.clone());
+        let stop = fill.engine.inner.stop.clone();
+        let outcome = tokio::select! {
+            outcome = fetch(&fill, &run) => outcome,
+            () = stop.cancelled() => Err(FillError::Stopping),
+            () = fill.dataset.closed() => Err(FillError::Stopping),
+        };
+        let metrics = &fill.dataset.metrics;
+        match &outcome {
+            Ok(()) | Err(FillError::Stopping | FillError::NotHeld) => {}
+            Err(FillError::VersionGone(message)) => {
+                metrics.version_conflicts.inc();
+                debug!(dataset = %fill.dataset.name, path = %fill.path, %message, "the source has another version");
+                announce_conflict(&fill).await;
+            }
+            Err(error) => {
+                metrics.fill_errors.inc();
+                fill.dataset.source_failed(error);
+            }
+        }
+        ending.with(outcome);
+    })
+}
+
+/// Lets the metadata look again, for a bounded time.
+async fn announce_conflict(fill: &Arc<ChunkFill>) {
+    let (done, known) = oneshot::channel();
+    let conflict = Conflict { dataset: fill.dataset.clone(), path: fill.path.clone(), done };
+    match fill.engine.inner.conflicts.try_send(conflict) {
+        // Whether it was answered, dropped or late: the reader is told that its version is gone.
+        Ok(()) => drop(timeout(RECHECK_WAIT, known).await),
+        Err(_) => {
+            fill.engine.inner.metrics.rechecks_dropped.inc();
+        }
+    }
+}
+
+async fn fetch(fill: &Arc<ChunkFill>, run: &Arc<Run>) -> Result<(), FillError> {
+    let dataset = &fill.dataset;
+    if fill.give_up(run) {
+        return Ok(());
+    }
+    let nowhere = || FillError::VersionGone(format!("no source holds {}", fill.path).into());
+    let _turn = run.turn(dataset.pools(&fill.path).ok_or_else(nowhere)?).await?;
+    // The wait may have been long.
+    if fill.give_up(run) {
+        return Ok(());
+    }
+    let (store, key) = dataset.namespace().resolve(&fill.path).ok_or_else(nowhere)?;
+    let size = fill.version.size;
+    let start = offset_of(fill.key.index, run.blocks.start);
+    let end = size.min(offset_of(fill.key.index, run.blocks.end));
+    let mut body = store.get(&key, &fill.version.key, size, start..end).await?;
+
+    let (queue, queued) = mpsc::channel(WRITE_BATCH);
+    let receiving = async {
+        let outcome = receive(fill, run, &mut body, end - start, queue).await;
+        drop(body);
+        outcome
+    };
+    let (received, ()) = tokio::join!(receiving, write_behind(fill, run, queued));
+    received?;
+    dataset.source_answered();
+    Ok(())
+}
+
+fn offset_of(chunk: u32, block: u32) -> u64 {
+    (u64::from(chunk) * u64::from(CHUNK_BLOCKS) + u64::from(block)) * BLOCK_SIZE
+}
+
+async fn receive(
+    fill: &Arc<ChunkFill>,
+    run: &Arc<Run>,
+    body: &mut forebay_under_store::ByteStream,
+    mut left: u64,
+    queue: mpsc::Sender<(u32, Block)>,
+) -> Result<(), FillError> {
+    let first_of_file = u64::from(fill.key.index) * u64::from(CHUNK_BLOCKS);
+    let mut pending = Bytes::new();
+    for index in run.blocks.clone() {
+        let permit = tokio::select! {
+            permit = run.room(&fill.engine.inner.budget) => permit?,
+            () = nobody_waits(fill, run) => return Ok(()),
+        };
+        let wanted = left.min(BLOCK_SIZE) as usize;
+        // A block that came in one piece is not copied; otherwise it is assembled.
+        let mut assembled: Option<BytesMut> = None;
+        let bytes = loop {
+            let have = assembled.as_ref().map_or(0, BytesMut::len);
+            let take = pending.len().min(wanted - have);
+            if have == 0 && take == wanted {
+                break pending.split_to(wanted);
+            }
+            if take > 0 {
+                assembled
+                    .get_or_insert_with(|| BytesMut::with_capacity(wanted))
+                    .extend_from_slice(&pending.split_to(take));
+            }
+            if let Some(block) = assembled.take_if(|block| block.len() == wanted) {
+                break block.freeze();
+            }
+            pending = tokio::select! {
+                piece = body.next() => match piece {
+                    Some(piece) => piece?,
+                    None => return Err(FillError::Unavailable("the source's answer ended early".into())),
+                },
+                () = nobody_waits(fill, run) => return Ok(()),
+            };
+        };
+        left -= wanted as u64;
+        let checksum = block_checksum(fill.key.file, first_of_file + u64::from(index), &bytes);
+        let block = Block { bytes, checksum, _permit: Arc::new(permit) };
+        fill.arrived(run, index, block.clone());
+        if run.bypasses() {
+            fill.dataset.metrics.bypassed_bytes.inc_by(wanted as u64);
+        } else {
+            // The writer lives as long as this queue.
+            let _ = queue.send((index, block)).await;
+        }
+    }
+    Ok(())
+}
+
+/// Ready when the run is not stored and nobody waits for it any more. A run that is stored is finished in any case.
+async fn nobody_waits(fill: &Arc<ChunkFill>, run: &Arc<Run>) {
+    loop {
+        run.reconsider.notified().await;
+        if run.bypasses() && fill.give_up(run) {
+            return;
+        }
+    }
+}
+
+/// Writes blocks to the chunk's file in batches.
+async fn write_behind(fill: &Arc<ChunkFill>, run: &Arc<Run>, mut queued: mpsc::Receiver<(u32, Block)>) {
+    let Some(chunk) = &run.chunk else { return };
+    let mut batch: Vec<(u32, Block)> = Vec::with_capacity(WRITE_BATCH);
+    // Blocks are queued in order and without gaps, so a batch is one range.
+    while queued.recv_many(&mut batch, WRITE_BATCH).await > 0 {
+        let first = batch[0].0;
+        let range = first..first + batch.len() as u32;
+        let blocks: Vec<Block> = batch.drain(..).map(|(_, block)| block).collect();
+        if run.bypasses() {
+            fill.dataset.metrics.bypassed_bytes.inc_by(blocks.iter().map(|block| block.bytes.len() as u64).sum());
+            continue;
+        }
+        let target = chunk.clone();
+        let written = tokio::task::spawn_blocking(move || {
+            let checksums: Vec<u32> = blocks.iter().map(|block| block.checksum).collect();
+            match &blocks[..] {
+                [one] => target.write(first, &one.bytes, &checksums),
+                many => {
+                    let mut all = Vec::with_capacity(many.len() * BLOCK_SIZE as usize);
+                    many.iter().for_each(|block| all.extend_from_slice(&block.bytes));
+                    target.write(first, &all, &checksums)
+                }
+            }
+        })
+        .await;
+        match written {
+            Ok(Ok(())) => fill.stored(run, range),
+            Ok(Err(error)) => {
+                fill.engine.inner.metrics.disk_write_errors.inc();
+                // The store reports the tier's state; here it is a detail.
+                debug!(%error, "blocks stay in memory");
+                fill.not_stored(run);
+            }
+            Err(error) => {
+                warn!(%error, "writing a chunk failed");
+                fill.not_stored(run);
+            }
+        }
+    }
+}

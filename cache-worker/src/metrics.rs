@@ -1,0 +1,427 @@
+//! Every metric of a worker: names, units, help. `docs/metrics.md` is generated from this file.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use forebay_protocol::frame::FailureCode;
+use prometheus_client::{
+    encoding::{EncodeLabelSet, EncodeLabelValue, text::encode},
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::{Registry, Unit},
+};
+
+/// Labels of what belongs to a dataset.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct DatasetLabels {
+    namespace: String,
+    dataset: String,
+}
+
+/// Label of failures.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct CodeLabel {
+    code: Code,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+enum Code {
+    BadRequest,
+    UnknownDataset,
+    VersionGone,
+    PermissionDenied,
+    SourceUnavailable,
+    Busy,
+    Stopping,
+    NotHeld,
+    Internal,
+}
+
+type ByDataset<M> = Family<DatasetLabels, M>;
+
+/// Metrics of the process. Counters are counted where things happen; gauges, and what other crates count, are sampled
+/// when somebody asks.
+#[derive(Debug)]
+pub(crate) struct Metrics {
+    registry: Registry,
+    pub(crate) data_connections: Gauge,
+    pub(crate) control_connections: Gauge,
+    pub(crate) connections_refused: Counter,
+    pub(crate) handshakes_failed: Counter,
+    pub(crate) protocol_errors: Counter,
+    pub(crate) slow_connections: Counter,
+    pub(crate) busy_answers: Counter,
+    pub(crate) cancelled_requests: Counter,
+    pub(crate) requests_in_flight: Gauge,
+    read_failures: Family<CodeLabel, Counter>,
+    pub(crate) disk_write_errors: Counter,
+    pub(crate) rechecks_dropped: Counter,
+    pub(crate) supersedes_dropped: Counter,
+    pub(crate) reload_errors: Counter,
+    pub(crate) capacity: Gauge,
+    pub(crate) used: Gauge,
+    pub(crate) tier_healthy: Gauge,
+    pub(crate) budget_free: Gauge,
+    pub(crate) chunks_in_flight: Gauge,
+    pub(crate) table_epoch: Gauge,
+    datasets: DatasetFamilies,
+}
+
+#[derive(Debug, Default)]
+struct DatasetFamilies {
+    hit_bytes: ByDataset<Counter>,
+    miss_bytes: ByDataset<Counter>,
+    served_bytes: ByDataset<Counter>,
+    bypassed_bytes: ByDataset<Counter>,
+    version_conflicts: ByDataset<Counter>,
+    fill_errors: ByDataset<Counter>,
+    evicted_bytes: ByDataset<Counter>,
+    corrupt_blocks: ByDataset<Counter>,
+    store_gets: ByDataset<Counter>,
+    store_lists: ByDataset<Counter>,
+    store_heads: ByDataset<Counter>,
+    store_errors: ByDataset<Counter>,
+    store_bytes: ByDataset<Counter>,
+    cached_bytes: ByDataset<Gauge>,
+    pinned_bytes: ByDataset<Gauge>,
+    cached_chunks: ByDataset<Gauge>,
+}
+
+/// Metrics of one dataset.
+#[derive(Debug, Clone)]
+pub(crate) struct DatasetMetrics {
+    pub(crate) hit_bytes: Counter,
+    pub(crate) miss_bytes: Counter,
+    pub(crate) served_bytes: Counter,
+    pub(crate) bypassed_bytes: Counter,
+    pub(crate) version_conflicts: Counter,
+    pub(crate) fill_errors: Counter,
+    pub(crate) evicted_bytes: Counter,
+    pub(crate) corrupt_blocks: Counter,
+    pub(crate) store_gets: Counter,
+    pub(crate) store_lists: Counter,
+    pub(crate) store_heads: Counter,
+    pub(crate) store_errors: Counter,
+    pub(crate) store_bytes: Counter,
+    pub(crate) cached_bytes: Gauge,
+    pub(crate) pinned_bytes: Gauge,
+    pub(crate) cached_chunks: Gauge,
+}
+
+/// Sets a counter that somebody else counts.
+pub(crate) fn set(counter: &Counter, value: u64) {
+    let inner: &AtomicU64 = counter.inner();
+    inner.store(value, Ordering::Relaxed);
+}
+
+/// Sets a gauge.
+pub(crate) fn level(gauge: &Gauge, value: u64) {
+    gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
+}
+
+impl Metrics {
+    pub(crate) fn new() -> Self {
+        let mut metrics = Self {
+            registry: Registry::with_prefix("forebay_worker"),
+            data_connections: Gauge::default(),
+            control_connections: Gauge::default(),
+            connections_refused: Counter::default(),
+            handshakes_failed: Counter::default(),
+            protocol_errors: Counter::default(),
+            slow_connections: Counter::default(),
+            busy_answers: Counter::default(),
+            cancelled_requests: Counter::default(),
+            requests_in_flight: Gauge::default(),
+            read_failures: Family::default(),
+            disk_write_errors: Counter::default(),
+            rechecks_dropped: Counter::default(),
+            supersedes_dropped: Counter::default(),
+            reload_errors: Counter::default(),
+            capacity: Gauge::default(),
+            used: Gauge::default(),
+            tier_healthy: Gauge::default(),
+            budget_free: Gauge::default(),
+            chunks_in_flight: Gauge::default(),
+            table_epoch: Gauge::default(),
+            datasets: DatasetFamilies::default(),
+        };
+        metrics.register();
+        metrics
+    }
+
+    fn register(&mut self) {
+        let r = &mut self.registry;
+        r.register("data_connections", "Open data connections", self.data_connections.clone());
+        r.register("control_connections", "Open control connections", self.control_connections.clone());
+        r.register(
+            "connections_refused",
+            "Connections closed because too many were open, or in their handshake",
+            self.connections_refused.clone(),
+        );
+        r.register(
+            "handshakes_failed",
+            "Connections that did not prove the runtime's key, or spoke something else",
+            self.handshakes_failed.clone(),
+        );
+        r.register(
+            "protocol_errors",
+            "Data connections closed because they broke the protocol",
+            self.protocol_errors.clone(),
+        );
+        r.register(
+            "slow_connections",
+            "Data connections closed because their client took nothing, or left a frame unfinished, for too long",
+            self.slow_connections.clone(),
+        );
+        r.register("busy_answers", "Reads refused because their connection had too many", self.busy_answers.clone());
+        r.register("cancelled_requests", "Reads that their client cancelled", self.cancelled_requests.clone());
+        r.register("requests_in_flight", "Reads being answered", self.requests_in_flight.clone());
+        r.register("read_failures", "Reads answered by a failure, by its code", self.read_failures.clone());
+        r.register(
+            "disk_write_errors",
+            "Writes of fetched blocks that the tier refused; readers got them from memory",
+            self.disk_write_errors.clone(),
+        );
+        r.register(
+            "rechecks_dropped",
+            "Version conflicts that were not told to the metadata because too many waited",
+            self.rechecks_dropped.clone(),
+        );
+        r.register(
+            "supersedes_dropped",
+            "Outdated file versions that could not be told to another worker; their chunks stay until evicted",
+            self.supersedes_dropped.clone(),
+        );
+        r.register(
+            "reload_errors",
+            "Tables or dataset files that could not be used; the last good one stays in force",
+            self.reload_errors.clone(),
+        );
+        r.register_with_unit("capacity", "Bytes that the tier may take", Unit::Bytes, self.capacity.clone());
+        r.register_with_unit("used", "Bytes that the tier takes", Unit::Bytes, self.used.clone());
+        r.register("tier_healthy", "1 while the tier caches, 0 when it cannot", self.tier_healthy.clone());
+        r.register_with_unit(
+            "memory_budget_free",
+            "Budget for blocks in memory that nobody uses",
+            Unit::Bytes,
+            self.budget_free.clone(),
+        );
+        r.register("chunks_in_flight", "Chunks of which blocks are being fetched", self.chunks_in_flight.clone());
+        r.register("table_epoch", "Epoch of the worker table in force", self.table_epoch.clone());
+        self.datasets.register(r);
+    }
+
+    /// Counts a read that failed.
+    pub(crate) fn failed(&self, code: FailureCode) {
+        let code = match code {
+            FailureCode::BadRequest => Code::BadRequest,
+            FailureCode::UnknownDataset => Code::UnknownDataset,
+            FailureCode::VersionGone => Code::VersionGone,
+            FailureCode::PermissionDenied => Code::PermissionDenied,
+            FailureCode::SourceUnavailable => Code::SourceUnavailable,
+            FailureCode::Busy => Code::Busy,
+            FailureCode::Stopping => Code::Stopping,
+            FailureCode::NotHeld => Code::NotHeld,
+            FailureCode::Internal => Code::Internal,
+        };
+        self.read_failures.get_or_create(&CodeLabel { code }).inc();
+    }
+
+    /// The metrics of a dataset.
+    pub(crate) fn dataset(&self, namespace: &str, name: &str) -> DatasetMetrics {
+        self.datasets.of(&DatasetLabels { namespace: namespace.to_owned(), dataset: name.to_owned() })
+    }
+
+    /// Drops the metrics of a dataset that is no longer served.
+    pub(crate) fn forget_dataset(&self, namespace: &str, name: &str) {
+        self.datasets.remove(&DatasetLabels { namespace: namespace.to_owned(), dataset: name.to_owned() });
+    }
+
+    /// In the OpenMetrics text format.
+    pub(crate) fn text(&self) -> Result<String, std::fmt::Error> {
+        let mut text = String::new();
+        encode(&mut text, &self.registry)?;
+        Ok(text)
+    }
+}
+
+impl DatasetFamilies {
+    fn register(&self, r: &mut Registry) {
+        let bytes = || Unit::Bytes;
+        let Self {
+            hit_bytes,
+            miss_bytes,
+            served_bytes,
+            bypassed_bytes,
+            version_conflicts,
+            fill_errors,
+            evicted_bytes,
+            corrupt_blocks,
+            store_gets,
+            store_lists,
+            store_heads,
+            store_errors,
+            store_bytes,
+            cached_bytes,
+            pinned_bytes,
+            cached_chunks,
+        } = self;
+        r.register_with_unit(
+            "hit",
+            "Bytes of blocks that readers asked for and that were held",
+            bytes(),
+            hit_bytes.clone(),
+        );
+        r.register_with_unit(
+            "miss",
+            "Bytes of blocks that readers asked for and that had to come from the source",
+            bytes(),
+            miss_bytes.clone(),
+        );
+        r.register_with_unit("served", "Bytes of blocks sent to clients and workers", bytes(), served_bytes.clone());
+        r.register_with_unit(
+            "bypassed",
+            "Bytes fetched that the tier did not admit (quota, watermark, disk)",
+            bytes(),
+            bypassed_bytes.clone(),
+        );
+        r.register(
+            "version_conflicts",
+            "Fetches that met another version than the one asked for",
+            version_conflicts.clone(),
+        );
+        r.register("fill_errors", "Fetches that failed for good, version conflicts apart", fill_errors.clone());
+        r.register_with_unit("evicted", "Bytes dropped to make room", bytes(), evicted_bytes.clone());
+        r.register(
+            "corrupt_blocks",
+            "Blocks on disk that failed their checksum and were dropped",
+            corrupt_blocks.clone(),
+        );
+        r.register("store_gets", "GET requests to the sources", store_gets.clone());
+        r.register("store_lists", "LIST requests to the sources", store_lists.clone());
+        r.register("store_heads", "HEAD requests to the sources", store_heads.clone());
+        r.register("store_errors", "Requests to the sources that failed, retries included", store_errors.clone());
+        r.register_with_unit("store_received", "Bytes received from the sources", bytes(), store_bytes.clone());
+        r.register_with_unit("cached", "Bytes of blocks held", bytes(), cached_bytes.clone());
+        r.register_with_unit("pinned", "Bytes of blocks held that are never evicted", bytes(), pinned_bytes.clone());
+        r.register("cached_chunks", "Chunks of which something is held", cached_chunks.clone());
+    }
+
+    fn of(&self, labels: &DatasetLabels) -> DatasetMetrics {
+        let counter = |family: &ByDataset<Counter>| family.get_or_create_owned(labels);
+        let gauge = |family: &ByDataset<Gauge>| family.get_or_create_owned(labels);
+        DatasetMetrics {
+            hit_bytes: counter(&self.hit_bytes),
+            miss_bytes: counter(&self.miss_bytes),
+            served_bytes: counter(&self.served_bytes),
+            bypassed_bytes: counter(&self.bypassed_bytes),
+            version_conflicts: counter(&self.version_conflicts),
+            fill_errors: counter(&self.fill_errors),
+            evicted_bytes: counter(&self.evicted_bytes),
+            corrupt_blocks: counter(&self.corrupt_blocks),
+            store_gets: counter(&self.store_gets),
+            store_lists: counter(&self.store_lists),
+            store_heads: counter(&self.store_heads),
+            store_errors: counter(&self.store_errors),
+            store_bytes: counter(&self.store_bytes),
+            cached_bytes: gauge(&self.cached_bytes),
+            pinned_bytes: gauge(&self.pinned_bytes),
+            cached_chunks: gauge(&self.cached_chunks),
+        }
+    }
+
+    fn remove(&self, labels: &DatasetLabels) {
+        let Self {
+            hit_bytes,
+            miss_bytes,
+            served_bytes,
+            bypassed_bytes,
+            version_conflicts,
+            fill_errors,
+            evicted_bytes,
+            corrupt_blocks,
+            store_gets,
+            store_lists,
+            store_heads,
+            store_errors,
+            store_bytes,
+            cached_bytes,
+            pinned_bytes,
+            cached_chunks,
+        } = self;
+        let counters = [
+            hit_bytes,
+            miss_bytes,
+            served_bytes,
+            bypassed_bytes,
+            version_conflicts,
+            fill_errors,
+            evicted_bytes,
+            corrupt_blocks,
+            store_gets,
+            store_lists,
+            store_heads,
+            store_errors,
+            store_bytes,
+        ];
+        for family in counters {
+            family.remove(labels);
+        }
+        for family in [cached_bytes, pinned_bytes, cached_chunks] {
+            family.remove(labels);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fmt::Write, fs, path::Path};
+
+    use super::*;
+
+    /// The page, from what the registry says about itself.
+    fn page() -> String {
+        let metrics = Metrics::new();
+        metrics.dataset("default", "example");
+        metrics.failed(FailureCode::Busy);
+        let text = metrics.text().unwrap();
+        let mut page = String::from(
+            "# Metrics of a worker\n\n\
+             Generated from `cache-worker/src/metrics.rs` (`UPDATE_DOCS=1 cargo test -p forebay-cache-worker metrics`).\n\
+             Served in the OpenMetrics text format on `/metrics` of the worker's metrics address, beside `/healthz`\n\
+             (the process answers) and `/readyz` (it serves).\n\n\
+             | metric | type | labels | meaning |\n|---|---|---|---|\n",
+        );
+        let lines: Vec<&str> = text.lines().collect();
+        for line in &lines {
+            let Some((name, help)) = line.strip_prefix("# HELP ").and_then(|rest| rest.split_once(' ')) else {
+                continue;
+            };
+            let kind = lines.iter().find_map(|line| line.strip_prefix(&format!("# TYPE {name} "))).unwrap();
+            let sample = lines
+                .iter()
+                .find(|line| line.starts_with(name) && line[name.len()..].starts_with(['{', ' ', '_']))
+                .unwrap();
+            let sample_name = &sample[..sample.find(['{', ' ']).unwrap()];
+            let labels: Vec<&str> = match (sample.find('{'), sample.find('}')) {
+                (Some(open), Some(close)) => {
+                    sample[open + 1..close].split(',').map(|label| label.split('=').next().unwrap()).collect()
+                }
+                _ => Vec::new(),
+            };
+            writeln!(page, "| `{sample_name}` | {kind} | {} | {} |", labels.join(", "), help.trim_end_matches('.'))
+                .unwrap();
+        }
+        page
+    }
+
+    #[test]
+    fn the_page_lists_every_metric() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/metrics.md");
+        let page = page();
+        assert!(page.lines().count() > 40, "{page}");
+        if std::env::var_os("UPDATE_DOCS").is_some() {
+            fs::write(&path, &page).unwrap();
+        }
+        let found = fs::read_to_string(&path).unwrap_or_default();
+        assert!(found == page, "docs/metrics.md is not what metrics.rs says; run with UPDATE_DOCS=1");
+    }
+}

@@ -1,0 +1,304 @@
+//! A worker: its parts, its start and its end.
+//!
+//! Start: files, stores, listener, then the tasks; from then on it serves. End: nothing new is accepted, data
+//! connections answer what is under way (4 s), fetches end, indexes are flushed.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use forebay_cache_store::{ChunkStore, StoreOptions};
+use forebay_client::{Client, ClientConfig};
+use forebay_metadata::Index;
+use forebay_protocol::{
+    handshake::RuntimeKey,
+    worker::{DatasetStatus, StatusResponse},
+};
+use tokio::{
+    net::TcpListener,
+    sync::{Notify, mpsc, oneshot},
+    task::JoinHandle,
+    time::timeout,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{info, warn};
+
+use crate::{
+    config::{WorkerOptions, read_datasets, read_key, read_table},
+    dataset::{Dataset, Datasets},
+    fill::FillEngine,
+    grpc, http, listener,
+    members::Members,
+    metrics::{Metrics, level},
+    notices, reload,
+};
+
+/// Control connections that wait to be taken by the gRPC server.
+const CONTROL_QUEUE: usize = 256;
+/// How long tasks may take to end: the drain of data connections (4 s) and a little.
+const STOP_TASKS: Duration = Duration::from_secs(6);
+/// How long listings and fetches may take to end.
+const STOP_WORK: Duration = Duration::from_secs(5);
+/// Memory of the client with which this worker walks trees; it reads no contents.
+const WALK_BUDGET: usize = forebay_client::MIN_BUDGET;
+/// Deadline of one step of such a walk: the owner may have to list a large directory first.
+const WALK_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Everything that tasks share.
+pub(crate) struct Worker {
+    pub(crate) options: WorkerOptions,
+    pub(crate) key: RuntimeKey,
+    /// Another value with every start.
+    incarnation: u64,
+    started: Instant,
+    pub(crate) store: Arc<ChunkStore>,
+    pub(crate) engine: FillEngine,
+    pub(crate) datasets: Datasets,
+    pub(crate) members: Members,
+    /// For walks through the owners of directories.
+    pub(crate) client: Client,
+    pub(crate) metrics: Arc<Metrics>,
+    /// A client knows a newer table.
+    pub(crate) newer_table: Notify,
+    loaded: AtomicBool,
+    pub(crate) stop: CancellationToken,
+    pub(crate) tasks: TaskTracker,
+}
+
+impl Worker {
+    /// A sender knows this epoch of the table.
+    pub(crate) fn saw_epoch(&self, epoch: u64) {
+        if epoch > self.members.table().epoch {
+            self.newer_table.notify_one();
+        }
+    }
+
+    pub(crate) fn datasets_loaded(&self) {
+        self.loaded.store(true, Ordering::Release);
+    }
+
+    /// Why this worker is not ready; `None` when it is.
+    pub(crate) fn not_ready(&self) -> Option<&'static str> {
+        if self.stop.is_cancelled() {
+            return Some("stopping");
+        }
+        if !self.loaded.load(Ordering::Acquire) {
+            return Some("the datasets are not loaded yet");
+        }
+        (!self.members.has_self()).then_some("this worker is not in the table yet")
+    }
+
+    /// Copies what is counted elsewhere into the metrics.
+    pub(crate) async fn sample_metrics(self: &Arc<Self>) {
+        let worker = self.clone();
+        let sampled = tokio::task::spawn_blocking(move || {
+            let totals = worker.store.totals();
+            let m = &worker.metrics;
+            level(&m.capacity, totals.capacity);
+            level(&m.used, totals.used);
+            level(&m.tier_healthy, u64::from(totals.problem.is_none()));
+            level(&m.budget_free, worker.engine.budget_available());
+            level(&m.chunks_in_flight, worker.engine.chunks_in_flight() as u64);
+            level(&m.table_epoch, worker.members.table().epoch);
+            for dataset in worker.datasets.all() {
+                dataset.sample_metrics(&worker.store.usage(dataset.id));
+            }
+        })
+        .await;
+        if let Err(error) = sampled {
+            warn!(%error, "sampling metrics failed");
+        }
+    }
+
+    /// What `Status` answers about these datasets.
+    pub(crate) fn status(&self, datasets: &[Arc<Dataset>]) -> StatusResponse {
+        let totals = self.store.totals();
+        let count = |gauge: &prometheus_client::metrics::gauge::Gauge| u64::try_from(gauge.get()).unwrap_or(0);
+        let m = &self.metrics;
+        StatusResponse {
+            worker: self.options.name.clone(),
+            incarnation: self.incarnation,
+            table_epoch: self.members.table().epoch,
+            capacity_bytes: totals.capacity,
+            used_bytes: totals.used,
+            tier_problem: totals.problem.unwrap_or_default(),
+            datasets: datasets.iter().map(|dataset| self.dataset_status(dataset)).collect(),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            connections: count(&m.data_connections) + count(&m.control_connections),
+            requests_in_flight: count(&m.requests_in_flight),
+        }
+    }
+
+    fn dataset_status(&self, dataset: &Dataset) -> DatasetStatus {
+        let usage = self.store.usage(dataset.id);
+        let requests = dataset.index.requests();
+        let m = &dataset.metrics;
+        DatasetStatus {
+            dataset: dataset.id.to_bytes(),
+            namespace: dataset.owner.clone(),
+            name: dataset.name.clone(),
+            generation: dataset.index.generation(),
+            cached_bytes: usage.cached_bytes,
+            pinned_bytes: usage.pinned_bytes,
+            cached_chunks: usage.chunks,
+            hit_bytes: m.hit_bytes.get(),
+            miss_bytes: m.miss_bytes.get(),
+            store_bytes: requests.bytes,
+            store_gets: requests.gets,
+            store_lists: requests.lists,
+            store_heads: requests.heads,
+            store_errors: requests.errors,
+            evicted_bytes: usage.evicted_bytes,
+            bypassed_bytes: m.bypassed_bytes.get(),
+            corrupt_blocks: usage.corrupt_blocks,
+            served_bytes: m.served_bytes.get(),
+            scan: dataset.scan.borrow().clone(),
+            source_problem: dataset.source_problem(),
+            version_conflicts: m.version_conflicts.get(),
+        }
+    }
+}
+
+/// A worker that serves.
+pub struct RunningWorker {
+    worker: Arc<Worker>,
+    metadata: Arc<Index>,
+    address: SocketAddr,
+    metrics_address: Option<SocketAddr>,
+    control: JoinHandle<()>,
+}
+
+impl RunningWorker {
+    /// Starts a worker; it serves when this returns.
+    pub async fn start(options: WorkerOptions) -> anyhow::Result<Self> {
+        anyhow::ensure!(!options.name.is_empty(), "a worker needs a name");
+        let key = read_key(&options.key_file)?;
+        let table = read_table(&options.table)?;
+        let configs = read_datasets(&options.datasets)?;
+        let listener =
+            TcpListener::bind(options.listen).await.with_context(|| format!("listening on {}", options.listen))?;
+        let address = listener.local_addr()?;
+        let metrics_listener = match options.metrics_listen {
+            Some(address) => Some(TcpListener::bind(address).await.with_context(|| format!("listening on {address}"))?),
+            None => None,
+        };
+        let metrics_address = metrics_listener.as_ref().map(TcpListener::local_addr).transpose()?;
+        let (store, metadata) = open_stores(&options).await?;
+
+        let stop = CancellationToken::new();
+        let metrics = Arc::new(Metrics::new());
+        let (conflicts, conflicts_queue) = mpsc::channel(notices::CONFLICTS);
+        let engine =
+            FillEngine::new(store.clone(), options.memory_budget, conflicts, metrics.clone(), stop.child_token());
+        let members = Members::new(options.name.clone(), key.clone(), table);
+        let client_config = ClientConfig {
+            name: options.name.clone(),
+            key: key.clone(),
+            budget: WALK_BUDGET,
+            deadline: WALK_DEADLINE,
+            max_read_ahead: 0,
+            connections_per_worker: 1,
+        };
+        let worker = Arc::new(Worker {
+            key,
+            incarnation: rand::random::<u64>().max(1),
+            started: Instant::now(),
+            store: store.clone(),
+            engine,
+            datasets: Datasets::new(options.limits.clone(), store, metadata.clone(), metrics.clone()),
+            client: Client::new(client_config, members.subscribe()),
+            members,
+            metrics,
+            newer_table: Notify::new(),
+            loaded: AtomicBool::new(false),
+            stop,
+            tasks: TaskTracker::new(),
+            options,
+        });
+        let (control_queue, control_sockets) = mpsc::channel(CONTROL_QUEUE);
+        worker.tasks.spawn(listener::run(worker.clone(), listener, control_queue));
+        let control = tokio::spawn(grpc::serve(worker.clone(), control_sockets));
+        worker.tasks.spawn(notices::rechecks(worker.clone(), conflicts_queue));
+        worker.tasks.spawn(reload::table(worker.clone()));
+        worker.tasks.spawn(reload::datasets(worker.clone(), configs));
+        if let Some(listener) = metrics_listener {
+            worker.tasks.spawn(http::run(worker.clone(), listener));
+        }
+        info!(worker = %worker.options.name, %address, "serving");
+        Ok(Self { worker, metadata, address, metrics_address, control })
+    }
+
+    /// Where data and control connections are accepted.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where metrics are answered.
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        self.metrics_address
+    }
+
+    /// Stops serving, in order, within about 20 s.
+    pub async fn stop(self) -> anyhow::Result<()> {
+        let Self { worker, metadata, address: _, metrics_address: _, control } = self;
+        info!(worker = %worker.options.name, "stopping");
+        worker.stop.cancel();
+        worker.tasks.close();
+        if timeout(STOP_TASKS, worker.tasks.wait()).await.is_err() {
+            warn!("tasks were still running after {STOP_TASKS:?}");
+        }
+        control.abort();
+        let ended = timeout(STOP_WORK, async {
+            worker.engine.drained().await;
+            worker.datasets.close().await;
+        });
+        if ended.await.is_err() {
+            warn!("fetches or listings were still running after {STOP_WORK:?}");
+        }
+        let store = worker.store.clone();
+        drop(worker);
+        // Dropping the index flushes it, when its last user is gone.
+        tokio::task::spawn_blocking(move || {
+            store.close();
+            drop(metadata);
+        })
+        .await?;
+        Ok(())
+    }
+}
+
+/// Runs a worker until `shutdown` is cancelled; `ready` hears where it listens.
+pub async fn run(
+    options: WorkerOptions,
+    shutdown: CancellationToken,
+    ready: oneshot::Sender<SocketAddr>,
+) -> anyhow::Result<()> {
+    let running = RunningWorker::start(options).await?;
+    // Nobody has to listen.
+    let _ = ready.send(running.address());
+    shutdown.cancelled().await;
+    running.stop().await
+}
+
+async fn open_stores(options: &WorkerOptions) -> anyhow::Result<(Arc<ChunkStore>, Arc<Index>)> {
+    let chunks = StoreOptions {
+        dir: options.cache_dir.join("chunks"),
+        owner: options.owner.clone(),
+        capacity: options.capacity,
+        high_percent: options.high_percent,
+        low_percent: options.low_percent,
+    };
+    let metadata = options.cache_dir.join("metadata");
+    tokio::task::spawn_blocking(move || {
+        let store = ChunkStore::open(chunks).context("opening the chunk store")?;
+        let index = Index::open(&metadata).context("opening the metadata index")?;
+        Ok((store, index))
+    })
+    .await?
+}

@@ -1,0 +1,324 @@
+//! Workers, a store and a client for one test.
+
+use std::{
+    fs,
+    future::Future,
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use forebay_cache_worker::{DatasetConfig, DatasetsFile, Policy, RunningWorker, SourceConfig, WorkerOptions};
+use forebay_client::{Client, ClientConfig, ClientError, DatasetClient, EntryKind};
+use forebay_protocol::{
+    DatasetId, DatasetPath, FileVersion,
+    handshake::RuntimeKey,
+    table::{Member, MemberState, WorkerTable},
+    worker::{DatasetStatus, StatusRequest},
+};
+use forebay_test_store::{Options, TestStore};
+use forebay_under_store::{Limits, S3Addressing, S3Credentials, S3Options, SourceSpec};
+use tempfile::TempDir;
+use tokio::{runtime::Runtime, sync::watch};
+
+pub(crate) const BUCKET: &str = "data";
+pub(crate) const BLOCK: u64 = 64 * 1024;
+pub(crate) const MIB: u64 = 1 << 20;
+
+/// What the bytes of an object are: eight bytes at a time, by seed and position.
+pub(crate) fn generate(seed: u64, offset: u64, out: &mut [u8]) {
+    for (at, byte) in (offset..).zip(out.iter_mut()) {
+        let mut x = seed.wrapping_add((at / 8).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        *byte = (x ^ (x >> 31)).to_le_bytes()[(at % 8) as usize];
+    }
+}
+
+pub(crate) fn contents(seed: u64, size: u64) -> Bytes {
+    let mut bytes = vec![0; size as usize];
+    generate(seed, 0, &mut bytes);
+    bytes.into()
+}
+
+pub(crate) fn path(text: &str) -> DatasetPath {
+    DatasetPath::parse(Bytes::copy_from_slice(text.as_bytes())).unwrap()
+}
+
+/// A worker on a runtime of its own, so that it can be killed.
+pub(crate) struct TestWorker {
+    pub(crate) options: WorkerOptions,
+    running: Option<(Runtime, RunningWorker)>,
+}
+
+impl TestWorker {
+    async fn start(&mut self) {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let started = runtime.spawn(RunningWorker::start(self.options.clone())).await.unwrap();
+        let worker = match started {
+            Ok(worker) => worker,
+            Err(error) => panic!("a worker does not start: {error:#}"),
+        };
+        // Started again, it listens where clients look for it.
+        self.options.listen = worker.address();
+        self.running = Some((runtime, worker));
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.options.listen
+    }
+
+    pub(crate) fn metrics_address(&self) -> SocketAddr {
+        self.running.as_ref().unwrap().1.metrics_address().unwrap()
+    }
+
+    /// Ends it in order.
+    pub(crate) async fn stop(&mut self) {
+        let (runtime, worker) = self.running.take().unwrap();
+        runtime.spawn(worker.stop()).await.unwrap().unwrap();
+        runtime.shutdown_background();
+    }
+
+    /// Ends it at once, as a crash would: nothing is flushed or answered.
+    pub(crate) fn kill(&mut self) {
+        let (runtime, worker) = self.running.take().unwrap();
+        runtime.shutdown_background();
+        drop(worker);
+    }
+}
+
+pub(crate) struct Cluster {
+    pub(crate) store: TestStore,
+    pub(crate) dir: TempDir,
+    pub(crate) key: RuntimeKey,
+    pub(crate) id: DatasetId,
+    pub(crate) workers: Vec<TestWorker>,
+    pub(crate) client: Client,
+    table: watch::Sender<Arc<WorkerTable>>,
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for worker in &mut self.workers {
+            if worker.running.is_some() {
+                worker.kill();
+            }
+        }
+    }
+}
+
+fn write_private(path: &Path, text: &[u8]) {
+    let next = path.with_extension("next");
+    fs::write(&next, text).unwrap();
+    fs::set_permissions(&next, fs::Permissions::from_mode(0o600)).unwrap();
+    fs::rename(&next, path).unwrap();
+}
+
+impl Cluster {
+    pub(crate) async fn start(workers: usize) -> Self {
+        Self::start_with(workers, |_| {}, |_| {}).await
+    }
+
+    /// A store with an empty bucket, workers that serve it as one dataset, and a client.
+    pub(crate) async fn start_with(
+        workers: usize,
+        change_options: impl Fn(&mut WorkerOptions),
+        change_dataset: impl Fn(&mut DatasetConfig),
+    ) -> Self {
+        let store = TestStore::start(Options { latency: Duration::ZERO, dir: None }).await;
+        store.create_bucket(BUCKET).await;
+        let dir = tempfile::tempdir().unwrap();
+        let key = RuntimeKey::generate();
+        let id = DatasetId::local("default", "data");
+        write_private(&dir.path().join("key"), hex(key.expose()).as_bytes());
+        let mut dataset = DatasetConfig {
+            id,
+            namespace: "default".into(),
+            name: "data".into(),
+            sources: vec![SourceConfig { path: "/".into(), spec: source(&store, "") }],
+            policy: Policy::Hold,
+            quota: None,
+        };
+        change_dataset(&mut dataset);
+        let file = DatasetsFile { datasets: vec![dataset] };
+        write_private(&dir.path().join("datasets.json"), &serde_json::to_vec(&file).unwrap());
+        let table = watch::Sender::new(Arc::new(WorkerTable { epoch: 1, members: Vec::new() }));
+        write_private(&dir.path().join("table.json"), &serde_json::to_vec(&**table.borrow()).unwrap());
+        let config = ClientConfig {
+            name: "test".into(),
+            key: key.clone(),
+            budget: 128 << 20,
+            deadline: Duration::from_secs(20),
+            max_read_ahead: 0,
+            connections_per_worker: 2,
+        };
+        let client = Client::new(config, table.subscribe());
+        let mut cluster = Self { store, dir, key, id, workers: Vec::new(), client, table };
+        for index in 0..workers {
+            let mut options = WorkerOptions {
+                name: format!("w-{index}"),
+                listen: ([127, 0, 0, 1], 0).into(),
+                metrics_listen: Some(([127, 0, 0, 1], 0).into()),
+                owner: format!("default/test/w-{index}"),
+                cache_dir: cluster.dir.path().join(format!("w-{index}")),
+                capacity: 4 << 30,
+                table: cluster.dir.path().join("table.json"),
+                datasets: cluster.dir.path().join("datasets.json"),
+                key_file: cluster.dir.path().join("key"),
+                limits: Limits {
+                    deadline: Duration::from_secs(8),
+                    progress_timeout: Duration::from_millis(500),
+                    ..Limits::default()
+                },
+                ..WorkerOptions::default()
+            };
+            change_options(&mut options);
+            let mut worker = TestWorker { options, running: None };
+            worker.start().await;
+            cluster.workers.push(worker);
+        }
+        cluster.publish((0..workers).collect());
+        cluster.ready().await;
+        cluster
+    }
+
+    /// Writes a table of these workers.
+    pub(crate) fn publish(&self, members: Vec<usize>) {
+        let member = |index: usize| Member {
+            name: self.workers[index].options.name.clone(),
+            address: self.workers[index].address().to_string(),
+            weight: 1,
+            state: MemberState::Serving,
+        };
+        let epoch = self.table.borrow().epoch + 1;
+        let table = WorkerTable { epoch, members: members.into_iter().map(member).collect() };
+        write_private(&self.dir.path().join("table.json"), &serde_json::to_vec(&table).unwrap());
+        self.table.send_replace(Arc::new(table));
+    }
+
+    /// Waits until every worker that runs knows the table and the dataset.
+    pub(crate) async fn ready(&self) {
+        let epoch = self.table.borrow().epoch;
+        eventually("workers that know the table", || async {
+            for worker in self.workers.iter().filter(|worker| worker.running.is_some()) {
+                let Ok(mut control) = self.client.control(&worker.options.name).await else { return false };
+                let Ok(status) = control.status(StatusRequest::default()).await else { return false };
+                let status = status.into_inner();
+                if status.table_epoch < epoch || status.datasets.is_empty() {
+                    return false;
+                }
+            }
+            true
+        })
+        .await;
+    }
+
+    pub(crate) async fn restart(&mut self, index: usize) {
+        self.workers[index].start().await;
+        self.ready().await;
+    }
+
+    pub(crate) async fn put(&self, key: &str, seed: u64, size: u64) {
+        self.store.put(BUCKET, key, contents(seed, size)).await;
+    }
+
+    pub(crate) fn put_virtual(&self, key: &str, seed: u64, size: u64) {
+        self.store.put_virtual(BUCKET, key, size, Arc::new(move |offset, out: &mut [u8]| generate(seed, offset, out)));
+    }
+
+    pub(crate) fn names(&self) -> DatasetClient {
+        self.client.dataset(self.id)
+    }
+
+    pub(crate) async fn version(&self, file: &str) -> Result<FileVersion, ClientError> {
+        let (directory, name) = path(file).split().unwrap();
+        match self.names().lookup(&directory, &name).await?.kind {
+            EntryKind::File { version } => Ok(version),
+            EntryKind::Directory => panic!("{file} is a directory"),
+        }
+    }
+
+    /// Reads a range of the current version.
+    pub(crate) async fn read(&self, file: &str, offset: u64, len: u64) -> Result<Vec<u8>, ClientError> {
+        let version = self.version(file).await?;
+        read_at(&self.names(), file, version, offset, len).await
+    }
+
+    /// Reads a whole file and compares it with what was generated.
+    pub(crate) async fn check(&self, file: &str, seed: u64, size: u64) {
+        let got = self.read(file, 0, size).await.unwrap();
+        assert!(got == contents(seed, size), "{file} has wrong bytes ({} of {size})", got.len());
+    }
+
+    pub(crate) async fn status(&self, index: usize) -> DatasetStatus {
+        let mut control = self.client.control(&self.workers[index].options.name).await.unwrap();
+        let status = control.status(StatusRequest { dataset: self.id.to_bytes() }).await.unwrap();
+        status.into_inner().datasets.remove(0)
+    }
+
+    /// Sums of a number over the workers that run.
+    pub(crate) async fn sum(&self, number: impl Fn(&DatasetStatus) -> u64) -> u64 {
+        let mut sum = 0;
+        for index in (0..self.workers.len()).filter(|index| self.workers[*index].running.is_some()) {
+            sum += number(&self.status(index).await);
+        }
+        sum
+    }
+}
+
+pub(crate) async fn read_at(
+    names: &DatasetClient,
+    file: &str,
+    version: FileVersion,
+    offset: u64,
+    len: u64,
+) -> Result<Vec<u8>, ClientError> {
+    let pieces = names.open(path(file), version).read(offset, len as usize).await?;
+    Ok(pieces.concat())
+}
+
+pub(crate) fn source(store: &TestStore, prefix: &str) -> SourceSpec {
+    SourceSpec {
+        uri: format!("s3://{BUCKET}/{prefix}"),
+        s3: Some(S3Options {
+            endpoint: Some(store.endpoint()),
+            region: Some("us-east-1".into()),
+            addressing: Some(S3Addressing::Path),
+        }),
+        credentials: Some(S3Credentials {
+            access_key_id: store.access_key().into(),
+            secret_access_key: store.secret_key().into(),
+            session_token: None,
+        }),
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Waits for a condition, 20 s at most.
+pub(crate) async fn eventually<F: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> F) {
+    let start = Instant::now();
+    while !condition().await {
+        assert!(start.elapsed() < Duration::from_secs(20), "no {what} within 20 s");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Every file below a directory.
+pub(crate) fn files_below(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(files_below(&path));
+        } else {
+            found.push(path);
+        }
+    }
+    found
+}

@@ -1,0 +1,199 @@
+//! `forebay up`: the Datasets of manifests, served on one machine.
+//!
+//! This process is the keeper of the mounts and the supervisor of the workers and daemons. It owns nothing that a reader
+//! needs byte by byte, so it has little reason to die; when it does, its children die with it (parent-death signal), the
+//! mounts answer ENOTCONN, and the next start takes everything away.
+//!
+//! Order of start: lock, clean up after a predecessor, workers, table, daemons, mounts, record. Teardown is the reverse.
+
+mod children;
+mod control;
+mod instance;
+mod layout;
+mod privileges;
+mod teardown;
+
+use std::{path::PathBuf, process::ExitCode, time::Duration};
+
+use anyhow::{Context, bail};
+use clap::Args;
+use forebay_api::manifest::{self, Manifest};
+use forebay_cache_worker::WorkerOptions;
+use forebay_fuse::DaemonOptions;
+use serde_json::json;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+pub use self::{
+    children::ChildArgs,
+    control::ask,
+    layout::{DatasetRecord, Layout, Record, RuntimeRecord, read_key},
+};
+use self::{instance::Instance, privileges::RunAs};
+use crate::{
+    args::{Global, Output},
+    output,
+};
+
+/// Arguments of `up`.
+#[derive(Clone, Debug, Args)]
+pub struct UpArgs {
+    /// Manifests: CacheRuntimes, Datasets and the Secrets they name
+    #[arg(long, short, required = true, value_name = "FILE")]
+    file: Vec<PathBuf>,
+    /// Mount each Dataset at DIR/NAME
+    #[arg(long, value_name = "DIR")]
+    mount: PathBuf,
+    /// As root: run workers and daemons as this user, NAME or UID:GID [default: who called sudo, else nobody]
+    #[arg(long, value_name = "USER")]
+    run_as: Option<RunAs>,
+    /// How long a read, a look-up or a listing may take until the program gets EIO, in seconds
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600), value_name = "SECONDS")]
+    deadline: u64,
+    /// Memory for reads under way and read-ahead of each Dataset, in MiB
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u64).range(8..=65536), value_name = "MIB")]
+    memory: u64,
+    /// Let other users read the mounts when started without root (needs user_allow_other in /etc/fuse.conf)
+    #[arg(long)]
+    allow_other: bool,
+}
+
+/// Arguments of the hidden `worker`.
+#[derive(Clone, Debug, Args)]
+pub struct WorkerChildArgs {
+    #[command(flatten)]
+    pub child: ChildArgs,
+    /// WorkerOptions as JSON
+    #[arg(long)]
+    options: PathBuf,
+}
+
+/// Arguments of the hidden `fuse`.
+#[derive(Clone, Debug, Args)]
+pub struct FuseChildArgs {
+    #[command(flatten)]
+    pub child: ChildArgs,
+    /// The keeper's socket
+    #[arg(long)]
+    socket: PathBuf,
+}
+
+/// How long a worker has to flush its index after SIGTERM.
+const WORKER_GRACE: Duration = Duration::from_secs(10);
+/// How long a daemon has after SIGTERM, when its mounts are gone.
+const DAEMON_GRACE: Duration = Duration::from_secs(3);
+/// How long a mount may stay busy before it is taken from its users.
+const UNMOUNT_GRACE: Duration = Duration::from_secs(5);
+
+/// Serves until SIGINT or SIGTERM.
+pub async fn run(global: Global, args: UpArgs) -> anyhow::Result<ExitCode> {
+    let manifest = match manifest::load(&args.file) {
+        Ok(manifest) => manifest,
+        Err(errors) => {
+            errors.iter().for_each(|error| eprintln!("{error}"));
+            bail!("{} error(s) in the manifests; nothing was started", errors.len());
+        }
+    };
+    check(&manifest)?;
+    // Registered first: an early Ctrl-C must find the way out that cleans up.
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let stop = CancellationToken::new();
+
+    let layout = Layout::new(global.state_dir.clone())?;
+    let mut instance = Instance::prepare(layout, &args)?;
+    let started = tokio::select! {
+        started = instance.start(&manifest, &args) => started,
+        _ = interrupt.recv() => Err(anyhow::anyhow!("interrupted while starting")),
+        _ = terminate.recv() => Err(anyhow::anyhow!("terminated while starting")),
+    };
+    if started.is_ok() {
+        announce(&global, &instance)?;
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        info!("stopping");
+    }
+    instance.stop().await;
+    stop.cancel();
+    started.map(|()| ExitCode::SUCCESS)
+}
+
+/// What `up` asks of manifests beyond what the objects themselves must be.
+fn check(manifest: &Manifest) -> anyhow::Result<()> {
+    if manifest.datasets.is_empty() {
+        bail!("the manifests declare no Dataset; add one (see examples/quickstart.yaml)");
+    }
+    for (index, dataset) in manifest.datasets.iter().enumerate() {
+        if let Some(other) = manifest.datasets[..index].iter().find(|other| other.name == dataset.name) {
+            bail!(
+                "Datasets {}/{} and {}/{} would both be mounted at DIR/{}; serve them by two instances",
+                other.namespace,
+                other.name,
+                dataset.namespace,
+                dataset.name,
+                dataset.name
+            );
+        }
+    }
+    Ok(())
+}
+
+fn announce(global: &Global, instance: &Instance) -> anyhow::Result<()> {
+    let record = instance.record();
+    match global.output {
+        Output::Json => output::json_line(&json!({
+            "ready": true,
+            "stateDir": instance.layout().state(),
+            "datasets": record.datasets,
+        })),
+        Output::Table => {
+            for dataset in &record.datasets {
+                println!("{} is mounted at {}", dataset.name, dataset.mount.display());
+            }
+            println!("serving; Ctrl-C stops");
+            Ok(())
+        }
+    }
+}
+
+impl WorkerChildArgs {
+    /// Runs a cache worker until SIGTERM.
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        let text = std::fs::read(&self.options).with_context(|| format!("reading {}", self.options.display()))?;
+        let options: WorkerOptions =
+            serde_json::from_slice(&text).with_context(|| format!("reading {}", self.options.display()))?;
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+        runtime.block_on(async {
+            let stop = CancellationToken::new();
+            let (ready, address) = tokio::sync::oneshot::channel::<std::net::SocketAddr>();
+            let mut terminate = signal(SignalKind::terminate())?;
+            let mut interrupt = signal(SignalKind::interrupt())?;
+            let token = stop.clone();
+            tokio::spawn(async move {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+                token.cancel();
+            });
+            tokio::spawn(async move {
+                if let Ok(address) = address.await {
+                    children::say_ready(&address.to_string());
+                }
+            });
+            forebay_cache_worker::run(options, stop, ready).await?;
+            Ok(ExitCode::SUCCESS)
+        })
+    }
+}
+
+impl FuseChildArgs {
+    /// Runs a FUSE daemon until SIGTERM.
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        forebay_fuse::daemon::run(DaemonOptions::new(self.socket))?;
+        Ok(ExitCode::SUCCESS)
+    }
+}

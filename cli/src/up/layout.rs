@@ -1,0 +1,207 @@
+//! Where `forebay up` keeps things, and the record by which other commands find it.
+//!
+//! ```text
+//! STATE/up.lock                         flock'ed while an instance runs
+//! STATE/up.json                         the record of the running instance
+//! STATE/control.sock                    what the other commands ask
+//! STATE/keeper.sock, mounts.json        the keeper's
+//! STATE/runtimes/NS.NAME/table.json     the worker table
+//! STATE/runtimes/NS.NAME/key            the runtime's key, hex
+//! STATE/runtimes/NS.NAME/datasets.json  what the workers serve, with credentials
+//! STATE/runtimes/NS.NAME/NAME-0/        a worker's cache (emptyDir tiers), kept between runs
+//! ```
+
+use std::{
+    fs,
+    io::Write as _,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, chown},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, bail};
+use forebay_protocol::{DatasetId, handshake::RuntimeKey};
+use serde::{Deserialize, Serialize};
+
+use super::privileges::{RunAs, is_root};
+
+/// The state directory of an instance.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    state: PathBuf,
+}
+
+/// What is running; written when everything is up.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Record {
+    /// The instance's process.
+    pub pid: u32,
+    /// Runtimes.
+    pub runtimes: Vec<RuntimeRecord>,
+    /// Datasets.
+    pub datasets: Vec<DatasetRecord>,
+}
+
+/// A CacheRuntime that is running.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RuntimeRecord {
+    /// Namespace of the object.
+    pub namespace: String,
+    /// Name of the object.
+    pub name: String,
+    /// Its worker table.
+    pub table: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+}
+
+/// A Dataset that is served.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DatasetRecord {
+    /// Identity.
+    pub id: DatasetId,
+    /// Namespace of the object.
+    pub namespace: String,
+    /// Name of the object.
+    pub name: String,
+    /// Name of its CacheRuntime, in the same namespace.
+    pub runtime: String,
+    /// Where it is mounted.
+    pub mount: PathBuf,
+}
+
+impl Layout {
+    /// The directory given, else the usual place of this user.
+    pub fn new(state: Option<PathBuf>) -> anyhow::Result<Self> {
+        let state = match state {
+            Some(state) => std::path::absolute(&state).with_context(|| format!("resolving {}", state.display()))?,
+            None if is_root() => PathBuf::from("/var/lib/forebay"),
+            None => match (std::env::var_os("XDG_STATE_HOME"), std::env::var_os("HOME")) {
+                (Some(base), _) => PathBuf::from(base).join("forebay"),
+                (None, Some(home)) => PathBuf::from(home).join(".local/state/forebay"),
+                (None, None) => bail!("neither XDG_STATE_HOME nor HOME is set; give --state-dir"),
+            },
+        };
+        Ok(Self { state })
+    }
+
+    /// The directory itself.
+    pub fn state(&self) -> &Path {
+        &self.state
+    }
+
+    /// The lock of the running instance.
+    pub fn lock(&self) -> PathBuf {
+        self.state.join("up.lock")
+    }
+
+    /// The record of the running instance.
+    pub fn record(&self) -> PathBuf {
+        self.state.join("up.json")
+    }
+
+    /// The socket of the other commands.
+    pub fn control_socket(&self) -> PathBuf {
+        self.state.join("control.sock")
+    }
+
+    /// The keeper's socket.
+    pub fn keeper_socket(&self) -> PathBuf {
+        self.state.join("keeper.sock")
+    }
+
+    /// The keeper's record of mounts.
+    pub fn mounts(&self) -> PathBuf {
+        self.state.join("mounts.json")
+    }
+
+    /// The directory of a runtime.
+    pub fn runtime(&self, namespace: &str, name: &str) -> PathBuf {
+        // Names are DNS labels, without dots.
+        self.state.join("runtimes").join(format!("{namespace}.{name}"))
+    }
+
+    /// Reads the record of the running instance.
+    pub fn read_record(&self) -> anyhow::Result<Record> {
+        let path = self.record();
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => bail!(
+                "nothing is running with the state directory {}; start `forebay up`, or name its --state-dir",
+                self.state.display()
+            ),
+            Err(error) => return Err(error).with_context(|| format!("reading {}", path.display())),
+        };
+        serde_json::from_slice(&text).with_context(|| format!("reading {}", path.display()))
+    }
+}
+
+/// Creates a directory (and its parents) that `owner` may use; one that exists is left as it is but for its owner.
+pub fn own_directory(path: &Path, owner: Option<RunAs>) -> anyhow::Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(path)
+        .with_context(|| format!("creating {}", path.display()))?;
+    if let Some(owner) = owner {
+        chown(path, Some(owner.uid), Some(owner.gid))
+            .with_context(|| format!("changing the owner of {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// Replaces a file whole, readable by its owner only.
+pub fn write_private(path: &Path, contents: &[u8], owner: Option<RunAs>) -> anyhow::Result<()> {
+    let temporary = path.with_extension("new");
+    let write = || -> std::io::Result<()> {
+        let mut file = fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        file.set_permissions(fs::Permissions::from_mode(0o600))?;
+        if let Some(owner) = owner {
+            chown(&temporary, Some(owner.uid), Some(owner.gid))?;
+        }
+        file.write_all(contents)?;
+        fs::rename(&temporary, path)
+    };
+    write().with_context(|| format!("writing {}", path.display()))
+}
+
+/// The key of a runtime: what the file holds, or a new one.
+pub fn runtime_key(path: &Path, owner: Option<RunAs>) -> anyhow::Result<RuntimeKey> {
+    if path.exists() {
+        return read_key(path);
+    }
+    let key = RuntimeKey::generate();
+    write_private(path, hex::encode(key.expose()).as_bytes(), owner)?;
+    Ok(key)
+}
+
+/// Reads a runtime's key.
+pub fn read_key(path: &Path) -> anyhow::Result<RuntimeKey> {
+    let text = fs::read_to_string(path).with_context(|| format!("reading the runtime's key {}", path.display()))?;
+    let mut bytes = [0; 32];
+    hex::decode_to_slice(text.trim(), &mut bytes)
+        .with_context(|| format!("{} does not hold 32 bytes in hex; remove it and start again", path.display()))?;
+    Ok(RuntimeKey::new(bytes))
+}
+
+/// Whether `user` can reach `path`: every directory above it must let them search. Names the first that does not.
+pub fn check_reachable(path: &Path, user: RunAs) -> anyhow::Result<()> {
+    for ancestor in path.ancestors().skip(1).filter(|ancestor| !ancestor.as_os_str().is_empty()) {
+        let Ok(metadata) = fs::metadata(ancestor) else { continue };
+        let bit = match () {
+            () if metadata.uid() == user.uid => 0o100,
+            () if metadata.gid() == user.gid => 0o010,
+            () => 0o001,
+        };
+        if metadata.mode() & bit == 0 {
+            bail!(
+                "user {user} cannot enter {}, so cannot use {}; choose another --state-dir, or --run-as a user who can",
+                ancestor.display(),
+                path.display()
+            );
+        }
+    }
+    Ok(())
+}

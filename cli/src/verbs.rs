@@ -1,0 +1,13 @@
+//! What people ask of a running instance.
+
+mod browse;
+mod status;
+mod top;
+mod transfer;
+mod validate;
+
+pub use browse::{LsArgs, StatArgs, ls, stat};
+pub use status::{StatusArgs, status};
+pub use top::{TopArgs, top};
+pub use transfer::{PathArgs, PinArgs, free, load, pin, refresh};
+pub use validate::{ValidateArgs, validate};

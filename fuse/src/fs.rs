@@ -1,0 +1,524 @@
+//! The file system: requests with plain types in, plain types or an errno out. It knows no kernel and no `fuser` type.
+//!
+//! Everything that a successor needs is in the keeper's tables or follows from them:
+//! - a node id names a path, and for a file one version of it; the record is written before the id is given out. A file
+//!   that changed at the source gets another id, so attributes and bytes of an id never change;
+//! - attributes of a file are its record: no request leaves this machine for them;
+//! - a read takes the version from the record, so an open file keeps its version, or reads end in `ESTALE`;
+//! - a directory offset is the id of the last entry returned, so a listing goes on by name: after a take-over, and after
+//!   a change in the middle of it.
+//!
+//! What is kept here beside the tables (readers, listing pages) only saves time.
+//!
+//! Modes and owners: object stores have none. Files are `0444`, directories `0555`, all of `root:root`. A directory's
+//! times are those of the mount. There are no symbolic links.
+//!
+//! Not handled: writing of any kind.
+
+mod pages;
+mod readers;
+mod throttle;
+mod xattr;
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use forebay_keeper::tables::{Counter, Counters, FIRST_ID, Node, NodeKind, NodeTable, OpenMode, OpenTable, TableFull};
+use forebay_protocol::{
+    DatasetPath, FileVersion,
+    identity::{MAX_NAME, is_valid_name},
+};
+use parking_lot::Mutex;
+
+pub use self::xattr::XattrReply;
+use self::{
+    pages::{Held, PAGE_ENTRIES, Pages},
+    readers::Readers,
+    throttle::Throttle,
+    xattr::Attribute,
+};
+use crate::{
+    errno::{self, During, Errno},
+    notices::Notices,
+    tree::{Entry, EntryKind, Inspection, Reader, Totals, Tree, TreeError, sort_key},
+};
+
+/// Block size that statfs(2) counts in.
+pub const STATFS_BLOCK: u32 = 4096;
+/// What stat(2) recommends for reads: one request.
+pub const PREFERRED_READ: u32 = 1 << 20;
+
+/// Offsets of a directory: 0 begins, 1 follows ".", 2 follows "..", and any other is the id of the entry before it.
+const AFTER_DOT: u64 = 1;
+const AFTER_DOTS: u64 = 2;
+const _: () = assert!(FIRST_ID > AFTER_DOTS, "an entry's id is taken for a dot");
+
+/// How long an absent name is remembered that could not be expired.
+const UNFORGETTABLE_TTL: Duration = Duration::from_secs(1);
+/// How often idle readers are dropped.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
+/// How often the sums for statfs(2) are asked for.
+const TOTALS_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Settings that every daemon of a volume must share.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// How long the kernel may keep what it was told.
+    pub ttl: Duration,
+    /// Times of directories, in nanoseconds since the epoch.
+    pub directory_time_ns: i64,
+}
+
+/// What stat(2) tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attributes {
+    /// Node id, and inode number.
+    pub id: u64,
+    /// Whether it is a directory; else it is a regular file.
+    pub directory: bool,
+    /// Bytes; 0 for directories.
+    pub size: u64,
+    /// All three times, in nanoseconds since the epoch.
+    pub time_ns: i64,
+}
+
+impl Attributes {
+    /// Permission bits.
+    pub fn permissions(&self) -> u16 {
+        if self.directory { 0o555 } else { 0o444 }
+    }
+
+    /// Number of names. 2 for every directory: nobody counts subdirectories before they are listed, and programs take
+    /// 2 for "unknown" at worst.
+    pub fn links(&self) -> u32 {
+        if self.directory { 2 } else { 1 }
+    }
+
+    /// Size in units of 512 bytes, rounded up.
+    pub fn blocks(&self) -> u64 {
+        self.size.div_ceil(512)
+    }
+}
+
+/// What statfs(2) tells: the dataset's sums, and no free space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Statistics {
+    /// Size in units of [`STATFS_BLOCK`].
+    pub blocks: u64,
+    /// Files.
+    pub files: u64,
+}
+
+/// An entry of a directory listing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirectoryEntry<'a> {
+    /// Of what it names.
+    pub attributes: Attributes,
+    /// Where a listing goes on after it.
+    pub offset: u64,
+    /// The name.
+    pub name: &'a [u8],
+}
+
+/// The buffer of a readdir request.
+pub trait EntrySink: Send {
+    /// Takes an entry; `false` when it did not fit.
+    fn add(&mut self, entry: &DirectoryEntry<'_>) -> bool;
+}
+
+/// The tables that the keeper holds.
+#[derive(Clone)]
+pub struct Tables {
+    /// Ids.
+    pub nodes: Arc<NodeTable>,
+    /// Open handles.
+    pub opens: Arc<OpenTable>,
+    /// Counters.
+    pub counters: Arc<Counters>,
+}
+
+/// One volume.
+pub struct FileSystem<T: Tree> {
+    tree: T,
+    tables: Tables,
+    notices: Arc<Notices>,
+    options: Options,
+    pages: Pages,
+    readers: Readers<T::Reader>,
+    totals: Mutex<Totals>,
+    /// Whether the kernel can be told to forget names that were never in the table.
+    forgets_absent: AtomicBool,
+    complaints: Throttle,
+}
+
+impl<T: Tree> FileSystem<T> {
+    /// A volume over `tree`. What it finds out about stale names goes to `notices`.
+    pub fn new(tree: T, tables: Tables, notices: Arc<Notices>, options: Options) -> Self {
+        Self {
+            tree,
+            tables,
+            notices,
+            options,
+            pages: Pages::default(),
+            readers: Readers::new(),
+            totals: Mutex::default(),
+            forgets_absent: AtomicBool::new(true),
+            complaints: Throttle::default(),
+        }
+    }
+
+    /// How long the kernel may keep names and attributes.
+    pub fn ttl(&self) -> Duration {
+        self.options.ttl
+    }
+
+    /// How long the kernel may remember that a name does not exist.
+    pub fn absent_ttl(&self) -> Duration {
+        if self.forgets_absent.load(Ordering::Relaxed) {
+            self.options.ttl
+        } else {
+            self.options.ttl.min(UNFORGETTABLE_TTL)
+        }
+    }
+
+    /// Kernels before 6.16 cannot expire all entries at once, and an absent name has no record by which it could be
+    /// invalidated: it is remembered for a second only.
+    pub fn set_forgets_absent(&self, can: bool) {
+        self.forgets_absent.store(can, Ordering::Relaxed);
+    }
+
+    /// The counters that survive.
+    pub fn counters(&self) -> &Counters {
+        &self.tables.counters
+    }
+
+    /// The tables.
+    pub fn tables(&self) -> &Tables {
+        &self.tables
+    }
+
+    /// Where the names come from.
+    pub fn tree(&self) -> &T {
+        &self.tree
+    }
+
+    /// Work that no request waits for, until it is dropped.
+    pub async fn maintain(&self) {
+        let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
+        let mut totals = tokio::time::interval(TOTALS_INTERVAL);
+        for ticks in [&mut sweep, &mut totals] {
+            ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        }
+        loop {
+            tokio::select! {
+                _ = sweep.tick() => self.readers.sweep(),
+                _ = totals.tick() => {
+                    if let Some(known) = self.tree.totals().await {
+                        *self.totals.lock() = known;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Forgets what is kept of a directory's listing, or of all listings. Before the kernel is told to ask again.
+    pub fn forget_listing(&self, directory: Option<u64>) {
+        self.pages.forget(directory);
+    }
+
+    /// An entry of a directory; `None`: there is none, and the kernel may remember that.
+    pub async fn lookup(&self, parent: u64, name: &[u8]) -> Result<Option<Attributes>, Errno> {
+        let directory = self.directory(parent)?;
+        if name.len() > MAX_NAME {
+            return Err(Errno::ENAMETOOLONG);
+        }
+        if !is_valid_name(name) {
+            return Err(Errno::ENOENT);
+        }
+        if directory.join(name).is_err() {
+            return Err(Errno::ENAMETOOLONG);
+        }
+        match self.tree.lookup(&directory, name).await {
+            Ok(entry) => {
+                let attributes = self.intern(parent, &entry)?;
+                self.readers.is_current(attributes.id);
+                Ok(Some(attributes))
+            }
+            Err(TreeError::NotFound) => Ok(None),
+            Err(error) => Err(self.refuse("lookup", &directory, &error, During::Metadata)),
+        }
+    }
+
+    /// Attributes of a node, from its record.
+    pub fn getattr(&self, id: u64) -> Result<Attributes, Errno> {
+        Ok(self.attributes(id, &self.node(id)?.kind))
+    }
+
+    /// Opens a file; the handle. `unique` is that of the request: a request that is sent again gets the same handle.
+    pub fn open(&self, unique: u64, id: u64, flags: i32) -> Result<u64, Errno> {
+        if flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0 {
+            return Err(Errno::EROFS);
+        }
+        match self.node(id)?.kind {
+            NodeKind::Directory => return Err(Errno::EISDIR),
+            NodeKind::File { .. } => {}
+        }
+        // The kernel answers ESTALE by looking the path up again, so the program gets the new version and no error.
+        if self.readers.is_gone(id) {
+            return Err(Errno::ESTALE);
+        }
+        self.tables.opens.open(unique, id, OpenMode::Cached).map_err(|error| {
+            self.complain("open", &error);
+            Errno::ENFILE
+        })
+    }
+
+    /// Bytes of a file: fewer than `size` only at its end.
+    pub async fn read(&self, id: u64, offset: u64, size: u32) -> Result<Vec<Bytes>, Errno> {
+        let held = self.readers.get(id, || {
+            let node = self.node(id)?;
+            let NodeKind::File { version } = node.kind else { return Err(Errno::EISDIR) };
+            let path = self.path(id)?;
+            let size = version.size;
+            Ok((self.tree.open(path, version), size))
+        })?;
+        let len = held.size.saturating_sub(offset).min(u64::from(size)) as usize;
+        if len == 0 {
+            return Ok(Vec::new());
+        }
+        let error = match held.reader.read(offset, len).await {
+            Ok(bytes) => {
+                let got: usize = bytes.iter().map(Bytes::len).sum();
+                if got == len {
+                    self.tables.counters.add(Counter::BytesRead, len as u64);
+                    return Ok(bytes);
+                }
+                // A short reply would be filled up with zeroes by the kernel.
+                TreeError::Invalid(format!("{got} bytes instead of {len}"))
+            }
+            Err(error) => error,
+        };
+        let errno = errno::of(&error, During::Data);
+        if errno == Errno::ESTALE && held.set_gone() {
+            // The name leads to a version that is gone: whoever opens it next must ask.
+            if let Some(node) = self.tables.nodes.resolve(id) {
+                self.notices.names(node.parent, vec![node.name]);
+            }
+        }
+        let path = self.path(id)?;
+        Err(self.refuse("read", &path, &error, During::Data))
+    }
+
+    /// Closes a handle. Closing it again (a request that is sent again) is nothing.
+    pub fn release(&self, handle: u64) {
+        if let Some(released) = self.tables.opens.release(handle)
+            && released.last
+        {
+            self.readers.close(released.handle.node);
+        }
+    }
+
+    /// Opens a directory: it is one, and needs no handle.
+    pub fn opendir(&self, id: u64) -> Result<(), Errno> {
+        match self.node(id)?.kind {
+            NodeKind::Directory => Ok(()),
+            NodeKind::File { .. } => Err(Errno::ENOTDIR),
+        }
+    }
+
+    /// Fills `sink` with entries from `offset` on. It ends early rather than wait for a worker with entries in hand: the
+    /// reader gets them at once, and asks again.
+    pub async fn readdir(&self, id: u64, offset: u64, sink: &mut impl EntrySink) -> Result<(), Errno> {
+        let directory = self.directory(id)?;
+        let mut dots = offset;
+        while dots < AFTER_DOTS {
+            let (name, target): (&[u8], u64) =
+                if dots < AFTER_DOT { (b".", id) } else { (b"..", self.node(id)?.parent) };
+            let attributes = self.attributes(target, &NodeKind::Directory);
+            dots += 1;
+            if !sink.add(&DirectoryEntry { attributes, offset: dots, name }) {
+                return Ok(());
+            }
+        }
+        let mut after = if offset <= AFTER_DOTS { Bytes::new() } else { self.resume(id, offset)? };
+        let mut added = false;
+        loop {
+            let (held, from) = match self.pages.find(id, &after) {
+                Some(found) => found,
+                None if added => return Ok(()),
+                None => self.fetch(id, &directory, &after).await?,
+            };
+            let Some(entries) = held.page.entries.get(from..) else { return Err(Errno::EIO) };
+            for entry in entries {
+                after = entry.sort_key();
+                // What cannot be looked up is not shown (the path would be too long for any system call).
+                if directory.join(&entry.name).is_err() {
+                    continue;
+                }
+                let attributes = match self.intern(id, entry) {
+                    Ok(attributes) => attributes,
+                    Err(_) if added => return Ok(()),
+                    Err(errno) => return Err(errno),
+                };
+                if !sink.add(&DirectoryEntry { attributes, offset: attributes.id, name: &entry.name }) {
+                    return Ok(());
+                }
+                added = true;
+            }
+            if held.page.end {
+                return Ok(());
+            }
+            if entries.is_empty() {
+                let error = TreeError::Invalid("an empty page that is not the last".to_owned());
+                return Err(self.refuse("list", &directory, &error, During::Metadata));
+            }
+        }
+    }
+
+    /// The sort key after which a listing goes on.
+    fn resume(&self, directory: u64, last: u64) -> Result<Bytes, Errno> {
+        match self.tables.nodes.resolve(last) {
+            Some(Node { parent, name, kind }) if parent == directory => {
+                Ok(sort_key(&name, matches!(kind, NodeKind::Directory)))
+            }
+            // No offset that this directory ever gave.
+            _ => Err(Errno::EINVAL),
+        }
+    }
+
+    async fn fetch(&self, id: u64, directory: &DatasetPath, after: &Bytes) -> Result<(Arc<Held>, usize), Errno> {
+        let ticket = self.pages.ticket();
+        match self.tree.list(directory, after, PAGE_ENTRIES).await {
+            Ok(page) => Ok((self.pages.keep(ticket, id, after.clone(), page), 0)),
+            Err(error) => Err(self.refuse("list", directory, &error, During::Metadata)),
+        }
+    }
+
+    /// Sums of the dataset, as last heard.
+    pub fn statfs(&self) -> Statistics {
+        let totals = *self.totals.lock();
+        Statistics { blocks: totals.bytes.div_ceil(u64::from(STATFS_BLOCK)), files: totals.files }
+    }
+
+    /// An extended attribute. Only `user.forebay.cached_bytes` and `.owner` of files ask a worker.
+    pub async fn getxattr(&self, id: u64, name: &[u8], size: u32) -> Result<XattrReply, Errno> {
+        let kind = self.node(id)?.kind;
+        let directory = matches!(kind, NodeKind::Directory);
+        let attribute = Attribute::parse(name, directory).ok_or(Errno::ENODATA)?;
+        let value = match (attribute, &kind) {
+            (Attribute::Version, NodeKind::File { version }) => version.key.as_bytes().to_vec(),
+            (Attribute::CachedBytes, NodeKind::File { version }) => {
+                self.inspect(id, version).await?.cached_bytes.to_string().into_bytes()
+            }
+            (Attribute::Owner, NodeKind::File { version }) => self.inspect(id, version).await?.owner.into_bytes(),
+            (Attribute::Owner, NodeKind::Directory) => {
+                self.tree.directory_owner(&self.path(id)?).ok_or(Errno::ENODATA)?.into_bytes()
+            }
+            (Attribute::Version | Attribute::CachedBytes, NodeKind::Directory) => return Err(Errno::ENODATA),
+        };
+        XattrReply::fit(value, size)
+    }
+
+    async fn inspect(&self, id: u64, version: &FileVersion) -> Result<Inspection, Errno> {
+        let path = self.path(id)?;
+        match self.tree.inspect(&path, version).await {
+            Ok(inspection) => Ok(inspection),
+            Err(error) => Err(self.refuse("inspect", &path, &error, During::Metadata)),
+        }
+    }
+
+    /// The names of a node's extended attributes.
+    pub fn listxattr(&self, id: u64, size: u32) -> Result<XattrReply, Errno> {
+        let directory = matches!(self.node(id)?.kind, NodeKind::Directory);
+        XattrReply::fit(Attribute::names(directory), size)
+    }
+
+    /// Whether `mask` (of access(2)) is granted. Asked only without `default_permissions`.
+    pub fn access(&self, id: u64, mask: i32) -> Result<(), Errno> {
+        let attributes = self.getattr(id)?;
+        if mask & libc::W_OK != 0 {
+            return Err(Errno::EROFS);
+        }
+        if mask & libc::X_OK != 0 && !attributes.directory {
+            return Err(Errno::EACCES);
+        }
+        Ok(())
+    }
+
+    /// There are no symbolic links.
+    pub fn readlink(&self, id: u64) -> Result<Vec<u8>, Errno> {
+        self.node(id)?;
+        Err(Errno::EINVAL)
+    }
+
+    fn node(&self, id: u64) -> Result<Node, Errno> {
+        self.tables.nodes.resolve(id).ok_or(Errno::ESTALE)
+    }
+
+    fn path(&self, id: u64) -> Result<DatasetPath, Errno> {
+        self.tables.nodes.path(id).ok_or(Errno::ESTALE)
+    }
+
+    fn directory(&self, id: u64) -> Result<DatasetPath, Errno> {
+        self.opendir(id)?;
+        self.path(id)
+    }
+
+    /// The node of an entry; its record is in the table when this returns.
+    fn intern(&self, parent: u64, entry: &Entry) -> Result<Attributes, Errno> {
+        let kind = match &entry.kind {
+            EntryKind::File { version } => NodeKind::File { version: version.clone() },
+            EntryKind::Directory => NodeKind::Directory,
+        };
+        match self.tables.nodes.intern(parent, &entry.name, &kind) {
+            Ok(id) => Ok(self.attributes(id, &kind)),
+            Err(error) => {
+                self.complain("lookup", &error);
+                Err(Errno::ENOMEM)
+            }
+        }
+    }
+
+    fn attributes(&self, id: u64, kind: &NodeKind) -> Attributes {
+        match kind {
+            NodeKind::File { version } => {
+                Attributes { id, directory: false, size: version.size, time_ns: version.mtime_ns }
+            }
+            NodeKind::Directory => Attributes { id, directory: true, size: 0, time_ns: self.options.directory_time_ns },
+        }
+    }
+
+    fn refuse(&self, what: &'static str, path: &DatasetPath, error: &TreeError, during: During) -> Errno {
+        let errno = errno::of(error, during);
+        match error {
+            // Answers, not failures.
+            TreeError::NotFound | TreeError::NotDirectory => {}
+            TreeError::VersionGone
+            | TreeError::PermissionDenied(_)
+            | TreeError::Unavailable(_)
+            | TreeError::Invalid(_) => {
+                if let Some(suppressed) = self.complaints.allow() {
+                    tracing::warn!(what, %path, %error, %errno, suppressed, "a request failed");
+                }
+            }
+        }
+        errno
+    }
+
+    fn complain(&self, what: &'static str, error: &TableFull) {
+        if let Some(suppressed) = self.complaints.allow() {
+            tracing::error!(what, %error, suppressed, "a request failed");
+        }
+    }
+}
+
+#[cfg(test)]
+mod model;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,258 @@
+//! From changes at the source to what the kernel forgets.
+//!
+//! A change arrives from the workers ([`follow`]), drops the listing pages that are kept here, and becomes a notice. One
+//! thread ([`deliver`]) tells the kernel. Invariants:
+//! - only names and directories are invalidated, never a file's pages: a changed file is another node, and a
+//!   notification that drops pages waits for reads that wait for the daemon;
+//! - a name is invalidated before the listing of its directory. The first waits (on the directory's lock in the kernel)
+//!   for look-ups and listings that were answered before the change; so nothing old enters the cache after the second.
+
+use std::io;
+
+use bytes::Bytes;
+use forebay_keeper::tables::{Counter, Counters, NodeKind, NodeTable, ROOT_ID};
+use futures::StreamExt;
+
+use crate::{
+    fs::FileSystem,
+    notices::{Notice, Notices},
+    tree::{Change, Tree},
+};
+
+/// More names than this in one directory are cheaper to expire than to name: one notification is a system call and a
+/// lock, about 2 us.
+const MAX_NAMES: usize = 1_000;
+/// A name that no entry has: invalidating it waits for the directory's lock and does nothing else.
+const BARRIER: &[u8] = b".";
+
+/// The kernel's caches of one mount.
+pub trait KernelCache: Send + 'static {
+    /// Forgets a name, present or absent. A name or directory that is not cached is fine.
+    fn entry(&self, directory: u64, name: &[u8]) -> io::Result<()>;
+
+    /// Forgets the listing and the attributes of a directory.
+    fn listing(&self, directory: u64) -> io::Result<()>;
+
+    /// Forgets all names at once; `false` when this kernel cannot.
+    fn all_entries(&self) -> io::Result<bool>;
+}
+
+/// Turns changes into notices until the changes end.
+pub async fn follow<T: Tree>(fs: &FileSystem<T>, notices: &Notices) {
+    let mut changes = fs.tree().changes();
+    while let Some(change) = changes.next().await {
+        match change {
+            Change::Names { directory, names } => {
+                // A directory that was never looked up is not cached either.
+                let Some(id) = fs.tables().nodes.find_directory(&directory) else { continue };
+                fs.forget_listing(Some(id));
+                if names.is_empty() || names.len() > MAX_NAMES {
+                    notices.directory(id);
+                } else {
+                    notices.names(id, names);
+                }
+            }
+            Change::Everything => {
+                fs.forget_listing(None);
+                notices.everything();
+            }
+        }
+    }
+}
+
+/// Tells the kernel until the queue is closed. Runs on a thread of its own.
+pub fn deliver(notices: &Notices, kernel: &impl KernelCache, nodes: &NodeTable, counters: &Counters) {
+    let delivery = Delivery { kernel, nodes, counters };
+    while let Some(notice) = notices.next() {
+        delivery.send(notice);
+    }
+}
+
+struct Delivery<'a, K> {
+    kernel: &'a K,
+    nodes: &'a NodeTable,
+    counters: &'a Counters,
+}
+
+impl<K: KernelCache> Delivery<'_, K> {
+    fn send(&self, notice: Notice) {
+        match notice {
+            Notice::Names { directory, names } => {
+                for name in &names {
+                    self.entry(directory, name);
+                }
+                self.listing(directory);
+            }
+            Notice::Directory(directory) => {
+                self.expire(Some(directory));
+                self.entry(directory, BARRIER);
+                self.listing(directory);
+            }
+            Notice::Everything => {
+                self.expire(None);
+                let known = self.nodes.iter().filter(|(_, node)| node.kind == NodeKind::Directory).map(|(id, _)| id);
+                for directory in std::iter::once(ROOT_ID).chain(known) {
+                    self.entry(directory, BARRIER);
+                    self.listing(directory);
+                }
+            }
+        }
+    }
+
+    /// Expires all names, or at least those of one directory.
+    fn expire(&self, directory: Option<u64>) {
+        match self.kernel.all_entries() {
+            Ok(true) => {
+                self.counters.add(Counter::Expired, 1);
+                return;
+            }
+            Ok(false) => {}
+            Err(error) => tracing::debug!(%error, "names could not be expired"),
+        }
+        for (_, node) in self.nodes.iter() {
+            if directory.is_none_or(|directory| directory == node.parent) {
+                self.entry(node.parent, &node.name);
+            }
+        }
+    }
+
+    fn entry(&self, directory: u64, name: &[u8]) {
+        self.counters.add(Counter::InvalidatedEntries, 1);
+        if let Err(error) = self.kernel.entry(directory, name) {
+            tracing::debug!(%error, directory, name = ?Bytes::copy_from_slice(name), "a name was not invalidated");
+        }
+    }
+
+    fn listing(&self, directory: u64) {
+        self.counters.add(Counter::InvalidatedDirectories, 1);
+        if let Err(error) = self.kernel.listing(directory) {
+            tracing::debug!(%error, directory, "a listing was not invalidated");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use forebay_keeper::tables::OpenTable;
+    use forebay_protocol::DatasetPath;
+    use parking_lot::Mutex;
+
+    use super::*;
+    use crate::{
+        fs::{Options, Tables},
+        memory::{Contents, MemoryTree},
+    };
+
+    #[derive(Default)]
+    struct Recorder {
+        epochs: bool,
+        log: Mutex<Vec<String>>,
+    }
+
+    impl KernelCache for Recorder {
+        fn entry(&self, directory: u64, name: &[u8]) -> io::Result<()> {
+            self.log.lock().push(format!("{directory}/{}", String::from_utf8_lossy(name)));
+            Ok(())
+        }
+
+        fn listing(&self, directory: u64) -> io::Result<()> {
+            self.log.lock().push(format!("listing {directory}"));
+            Ok(())
+        }
+
+        fn all_entries(&self) -> io::Result<bool> {
+            self.log.lock().push("all".to_owned());
+            Ok(self.epochs)
+        }
+    }
+
+    fn path(text: &str) -> DatasetPath {
+        DatasetPath::parse(text.as_bytes().to_vec()).unwrap()
+    }
+
+    struct Rig {
+        tree: MemoryTree,
+        fs: Arc<FileSystem<MemoryTree>>,
+        notices: Arc<Notices>,
+        kernel: Recorder,
+    }
+
+    impl Rig {
+        fn new(epochs: bool) -> Self {
+            let tree = MemoryTree::new();
+            let tables = Tables {
+                nodes: Arc::new(NodeTable::create(1 << 20).unwrap()),
+                opens: Arc::new(OpenTable::create(1024).unwrap()),
+                counters: Arc::new(Counters::create().unwrap()),
+            };
+            let notices = Arc::new(Notices::new());
+            let options = Options { ttl: std::time::Duration::from_secs(1), directory_time_ns: 0 };
+            let fs = Arc::new(FileSystem::new(tree.clone(), tables, notices.clone(), options));
+            Self { tree, fs, notices, kernel: Recorder { epochs, ..Recorder::default() } }
+        }
+
+        /// Changes that were announced so far, as the kernel hears of them.
+        async fn settle(&self, changes: impl FnOnce(&MemoryTree)) -> Vec<String> {
+            {
+                let follow = follow(&self.fs, &self.notices);
+                tokio::pin!(follow);
+                // Subscribes before anything is announced.
+                assert!(futures::poll!(&mut follow).is_pending());
+                changes(&self.tree);
+                assert!(futures::poll!(&mut follow).is_pending());
+            }
+            let tables = self.fs.tables();
+            let delivery = Delivery { kernel: &self.kernel, nodes: &tables.nodes, counters: &tables.counters };
+            let notices = self.notices.clone();
+            while let Some(notice) = notices.try_next() {
+                delivery.send(notice);
+            }
+            std::mem::take(&mut *self.kernel.log.lock())
+        }
+    }
+
+    #[tokio::test]
+    async fn names_then_the_listing() {
+        let rig = Rig::new(true);
+        rig.tree.put(&path("/d/f"), Contents::Given(Bytes::new())).unwrap();
+        // Nobody looked at it: the kernel knows only the root.
+        let log = rig.settle(|tree| drop(tree.put(&path("/d/g"), Contents::Given(Bytes::new())))).await;
+        assert!(log.is_empty(), "{log:?}");
+        let d = rig.fs.lookup(1, b"d").await.unwrap().unwrap().id;
+        let log = rig.settle(|tree| drop(tree.put(&path("/d/f"), Contents::Given(Bytes::new())))).await;
+        assert_eq!(log, [format!("{d}/f"), format!("listing {d}")]);
+        let log = rig.settle(|tree| tree.remove(&path("/d/g")).unwrap()).await;
+        assert_eq!(log, [format!("{d}/g"), format!("listing {d}")]);
+    }
+
+    #[tokio::test]
+    async fn too_many_names_expire_all() {
+        let names = || (0..=MAX_NAMES).map(|number| Bytes::from(format!("n{number}"))).collect::<Vec<_>>();
+        for names in [Vec::new(), names()] {
+            let rig = Rig::new(true);
+            let change = Change::Names { directory: path("/"), names };
+            assert_eq!(rig.settle(|tree| tree.announce(change)).await, ["all", "1/.", "listing 1"]);
+        }
+    }
+
+    #[tokio::test]
+    async fn everything_with_and_without_epochs() {
+        for epochs in [true, false] {
+            let rig = Rig::new(epochs);
+            rig.tree.put(&path("/d/f"), Contents::Given(Bytes::new())).unwrap();
+            rig.tree.put(&path("/e"), Contents::Given(Bytes::new())).unwrap();
+            let d = rig.fs.lookup(1, b"d").await.unwrap().unwrap().id;
+            rig.fs.lookup(d, b"f").await.unwrap().unwrap();
+            rig.fs.lookup(1, b"e").await.unwrap().unwrap();
+            let log = rig.settle(|tree| tree.announce(Change::Everything)).await;
+            let mut expected = vec!["all".to_owned()];
+            if !epochs {
+                expected.extend(["1/d".to_owned(), format!("{d}/f"), "1/e".to_owned()]);
+            }
+            expected.extend(["1/.".to_owned(), "listing 1".to_owned(), format!("{d}/."), format!("listing {d}")]);
+            assert_eq!(log, expected);
+        }
+    }
+}

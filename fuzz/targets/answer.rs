@@ -1,0 +1,12 @@
+//! What a client reads from a data connection.
+#![no_main]
+
+use bytes::Bytes;
+use forebay_protocol::frame::{HEADER, Header, MAX_ANSWER_BODY, decode_answer};
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    let Some((head, body)) = data.split_first_chunk::<HEADER>() else { return };
+    if let Ok(header) = Header::decode(head, MAX_ANSWER_BODY) {
+        let _ = decode_answer(&header, Bytes::copy_from_slice(body));
+    }
+});

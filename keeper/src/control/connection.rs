@@ -1,0 +1,101 @@
+//! One connection of a daemon.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Instant;
+
+use super::{HELLO, Volume};
+use crate::handover::{Role, ToDaemon, socket};
+use crate::keeper::{DaemonStatus, KeeperOptions};
+use crate::sys;
+
+/// Messages that a daemon has not read: an attach and a prepare for each of 2,048 volumes. One that is further behind
+/// counts as silent.
+const MAX_OUTBOX: usize = 4096;
+
+pub(super) struct Connection {
+    pub(super) socket: OwnedFd,
+    /// The process that connected, whatever its number comes to mean.
+    pub(super) pidfd: OwnedFd,
+    pub(super) pid: i32,
+    uid: u32,
+    /// What it calls itself, once it has said hello.
+    pub(super) hello: Option<String>,
+    pub(super) heard: Instant,
+    /// Packets, and the volume whose descriptors go along.
+    outbox: VecDeque<(Vec<u8>, Option<String>)>,
+    overflow: bool,
+}
+
+impl Connection {
+    /// `None` when its user is not allowed.
+    pub(super) fn new(socket: OwnedFd, allowed: &[u32]) -> io::Result<Option<Self>> {
+        let peer = rustix::net::sockopt::socket_peercred(&socket)?;
+        let uid = peer.uid.as_raw();
+        if uid != rustix::process::geteuid().as_raw() && !allowed.contains(&uid) {
+            tracing::warn!(uid, pid = peer.pid.as_raw_nonzero().get(), "a daemon's user is not allowed");
+            return Ok(None);
+        }
+        let pidfd = sys::peer_pidfd(&socket)?;
+        Ok(Some(Self {
+            socket,
+            pidfd,
+            pid: peer.pid.as_raw_nonzero().get(),
+            uid,
+            hello: None,
+            heard: Instant::now(),
+            outbox: VecDeque::new(),
+            overflow: false,
+        }))
+    }
+
+    /// When its silence is too long.
+    pub(super) fn deadline(&self, options: &KeeperOptions) -> Instant {
+        match (self.overflow, &self.hello) {
+            (true, _) => self.heard,
+            (false, Some(_)) => self.heard + options.heartbeat_timeout,
+            (false, None) => self.heard + HELLO,
+        }
+    }
+
+    /// Whether it has not read what was sent to it.
+    pub(super) fn backlogged(&self) -> bool {
+        self.overflow
+    }
+
+    pub(super) fn push(&mut self, message: &ToDaemon, fds_of: Option<String>) {
+        if self.outbox.len() < MAX_OUTBOX {
+            self.outbox.push_back((message.encode(), fds_of));
+        } else {
+            self.overflow = true;
+        }
+    }
+
+    pub(super) fn wants_to_send(&self) -> bool {
+        !self.outbox.is_empty()
+    }
+
+    /// Sends what the socket takes. Descriptors of a volume that is gone meanwhile are not sent, nor is their message.
+    pub(super) fn flush(&mut self, volumes: &BTreeMap<String, Volume>) -> io::Result<()> {
+        while let Some((packet, fds_of)) = self.outbox.front() {
+            match fds_of.as_ref().map(|name| volumes.get(name)) {
+                None => socket::send(&self.socket, packet, &[])?,
+                Some(Some(volume)) => {
+                    let Volume { fuse, nodes, opens, counters, .. } = volume;
+                    socket::send(&self.socket, packet, &[fuse.as_fd(), nodes.fd(), opens.fd(), counters.fd()])?;
+                }
+                Some(None) => {}
+            }
+            self.outbox.pop_front();
+        }
+        Ok(())
+    }
+
+    /// `None` before hello.
+    pub(super) fn status(&self, role: Role) -> Option<DaemonStatus> {
+        let name = self.hello.clone()?;
+        let silent_millis = self.heard.elapsed().as_millis() as u64; // Bounded by the heartbeat timeout.
+        Some(DaemonStatus { pid: self.pid, uid: self.uid, name, role, silent_millis })
+    }
+}

@@ -1,0 +1,38 @@
+//! The keeper: owner of FUSE mounts whose daemons may die.
+//!
+//! It opens `/dev/fuse`, mounts, answers the kernel's INIT itself, and keeps the descriptor and the tables in shared
+//! memory that a daemon needs to go on where another one stopped. Daemons connect to its socket; one is active, the
+//! others stand by. When the active one dies or stops, the keeper makes sure that it is dead and gives everything to a
+//! standby: readers see a pause.
+//!
+//! - [`mount`]: mount(2) or `fusermount3`, INIT, read-ahead, and taking mounts down;
+//! - [`tables`]: node table, open table and counters in memfds;
+//! - [`keeper`]: the [`Keeper`] itself; [`daemon`]: the daemon's side of the hand-over;
+//! - [`notify`]: the notifications that `fuser` does not have.
+//!
+//! Invariants:
+//! - two daemons never read one descriptor: a successor gets it when its predecessor is dead (or provably unable to
+//!   run: killed, and in uninterruptible sleep);
+//! - nothing here ever stats, opens or walks into a mount, and every system call that can hang has a thread of its own
+//!   and a deadline;
+//! - a mount that nobody serves is aborted after a deadline: readers get an error, never an endless wait.
+//!
+//! Not handled: a restart of the keeper itself under running daemons. Its mounts die with it, and the next start takes
+//! them down ([`mount::clean_stale`]).
+
+mod control;
+pub mod daemon;
+mod deadline;
+mod handover;
+pub mod keeper;
+pub mod mount;
+pub mod notify;
+mod sys;
+pub mod tables;
+
+pub use handover::{Role, WireError};
+pub use keeper::{
+    DaemonStatus, Event, Keeper, KeeperError, KeeperOptions, KeeperStatus, LossCause, VolumeState, VolumeStatus,
+};
+pub use mount::{MountError, MountInfo, MountMode, MountSpec};
+pub use notify::{notify_inc_epoch, notify_resend};

@@ -1,0 +1,106 @@
+//! Taking a mount down. Each step is a system call that can hang, so each has a thread and a deadline.
+
+use std::io;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::mount::UnmountFlags;
+
+use super::mountinfo::{self, Device};
+use super::{MountMode, fusectl};
+use crate::deadline;
+
+/// For one system call or one run of `fusermount3`.
+const STEP: Duration = Duration::from_secs(5);
+/// Between attempts while files are open.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// How a mount went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum TakenDown {
+    /// Nobody used it.
+    Clean,
+    /// It was in use until the end of the grace: taken out of the tree, and its connection aborted.
+    Aborted,
+    /// It was not there.
+    Absent,
+}
+
+/// Unmounts, trying for `grace` while it is in use; after that takes it out of the tree and aborts the connection.
+pub(crate) fn unmount(target: &Path, device: Device, mode: MountMode, grace: Duration) -> io::Result<TakenDown> {
+    let end = Instant::now() + grace;
+    let mut present = false;
+    while is_mounted(target, device)? {
+        present = true;
+        match plain(target, mode) {
+            Ok(()) => continue,
+            Err(error) if Instant::now() >= end => {
+                tracing::info!(target = %target.display(), %error, "mount is in use after its grace");
+                break;
+            }
+            Err(_) => std::thread::sleep(RETRY.min(end.saturating_duration_since(Instant::now()))),
+        }
+    }
+    if !is_mounted(target, device)? {
+        // Gone from here; bind mounts and other namespaces may still use it.
+        while fusectl::exists(device) == Some(true) && Instant::now() < end {
+            std::thread::sleep(RETRY.min(end.saturating_duration_since(Instant::now())));
+        }
+        if fusectl::exists(device) != Some(true) {
+            return Ok(if present { TakenDown::Clean } else { TakenDown::Absent });
+        }
+        fusectl::abort(device, target)?;
+        return Ok(TakenDown::Aborted);
+    }
+    // Aborted first: requests in flight end, so taking it out of the tree waits for nothing.
+    let aborted = fusectl::abort(device, target);
+    detach(target, device, mode)?;
+    aborted.map(|()| TakenDown::Aborted)
+}
+
+/// Takes a mount out of the tree at once, whoever uses it. Only if it is the one of that device number.
+pub(crate) fn detach(target: &Path, device: Device, mode: MountMode) -> io::Result<()> {
+    if !is_mounted(target, device)? {
+        return Ok(());
+    }
+    let path = target.to_owned();
+    let result = deadline::run(
+        "detach",
+        STEP,
+        move || match mode {
+            MountMode::Kernel => Ok(rustix::mount::unmount(&path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?),
+            MountMode::Fusermount => fusermount(&path, true),
+        },
+        |()| (),
+    );
+    if is_mounted(target, device)? { result } else { Ok(()) }
+}
+
+fn plain(target: &Path, mode: MountMode) -> io::Result<()> {
+    let path = target.to_owned();
+    deadline::run(
+        "unmount",
+        STEP,
+        move || match mode {
+            MountMode::Kernel => Ok(rustix::mount::unmount(&path, UnmountFlags::NOFOLLOW)?),
+            MountMode::Fusermount => fusermount(&path, false),
+        },
+        |()| (),
+    )
+}
+
+fn fusermount(target: &Path, lazy: bool) -> io::Result<()> {
+    let mut command = Command::new(super::FUSERMOUNT);
+    command.arg("-u").args(lazy.then_some("-z")).arg("--").arg(target);
+    let output = command.stdin(Stdio::null()).output()?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
+}
+
+fn is_mounted(target: &Path, device: Device) -> io::Result<bool> {
+    Ok(mountinfo::read()?.iter().any(|entry| entry.target == target && entry.device == device))
+}

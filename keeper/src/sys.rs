@@ -1,0 +1,56 @@
+//! System calls that rustix has no safe form of.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+/// A pidfd of the process at the other end of a connected Unix socket, as it was when it connected (SO_PEERPIDFD,
+/// Linux 6.5): unlike a process id it can not come to mean another process.
+pub(crate) fn peer_pidfd(socket: impl AsFd) -> io::Result<OwnedFd> {
+    let mut pidfd: libc::c_int = -1;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the option's value is one int, `len` says so, and both live until the call returns.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PEERPIDFD,
+            (&raw mut pidfd).cast(),
+            &raw mut len,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if pidfd < 0 {
+        return Err(io::Error::from_raw_os_error(libc::ESRCH));
+    }
+    // SAFETY: the kernel just made this descriptor (with close-on-exec) for us; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(pidfd) })
+}
+
+/// Lets the child that `command` will start have a descriptor, under the same number. Ours stays close-on-exec, so no
+/// other child gets it; it is closed with `command`.
+pub(crate) fn inherit(command: &mut Command, fd: OwnedFd) {
+    let keep = move || Ok(rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::empty())?);
+    // SAFETY: between fork and exec this makes one system call, and neither allocates nor locks.
+    unsafe { command.pre_exec(keep) };
+}
+
+/// `include/uapi/asm-generic/socket.h`.
+const SO_PEERPIDFD: libc::c_int = 77;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_peer_of_a_pair_is_this_process() {
+        let (a, _b) = std::os::unix::net::UnixStream::pair().unwrap();
+        let pidfd = peer_pidfd(&a).unwrap();
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).unwrap();
+        assert!(info.contains(&format!("Pid:\t{}\n", std::process::id())), "{info}");
+        assert!(peer_pidfd(std::fs::File::open("/dev/null").unwrap()).is_err());
+    }
+}

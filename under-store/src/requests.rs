@@ -1,0 +1,53 @@
+//! Counters of what was asked of a store.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::Requests;
+
+/// Counters; all are monotonic, and no order between them is promised.
+#[derive(Debug, Default)]
+pub(crate) struct RequestCounters {
+    gets: AtomicU64,
+    lists: AtomicU64,
+    heads: AtomicU64,
+    errors: AtomicU64,
+    bytes: AtomicU64,
+}
+
+/// What a request asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verb {
+    Get,
+    List,
+    Head,
+}
+
+impl RequestCounters {
+    pub(crate) fn sent(&self, verb: Verb) {
+        let counter = match verb {
+            Verb::Get => &self.gets,
+            Verb::List => &self.lists,
+            Verb::Head => &self.heads,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn failed(&self) {
+        self.errors.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn received(&self, bytes: usize) {
+        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn snapshot(&self) -> Requests {
+        let Self { gets, lists, heads, errors, bytes } = self;
+        Requests {
+            gets: gets.load(Ordering::Relaxed),
+            lists: lists.load(Ordering::Relaxed),
+            heads: heads.load(Ordering::Relaxed),
+            errors: errors.load(Ordering::Relaxed),
+            bytes: bytes.load(Ordering::Relaxed),
+        }
+    }
+}
