@@ -111,7 +111,7 @@ pub struct S3Options {
     #[x_kube(validation = Rule::from(rules::ENDPOINT))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<String>,
-    /// Region that requests are signed for. Absent: `us-east-1`.
+    /// Region that requests are signed for. Absent: that of the workers' own identity if they use it, else `us-east-1`.
     #[schemars(length(max = 64))]
     #[x_kube(validation = Rule::from(rules::REGION))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -122,7 +122,7 @@ pub struct S3Options {
 }
 
 /// Where the bucket stands in the URL of a request: `Path` is `https://ENDPOINT/BUCKET/KEY`, `VirtualHost` is
-/// `https://BUCKET.ENDPOINT/KEY`. Absent: `Path` with an endpoint, `VirtualHost` without.
+/// `https://BUCKET.ENDPOINT/KEY`. Absent: `VirtualHost` for Amazon S3 and buckets without a dot, else `Path`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Addressing {
     /// `https://ENDPOINT/BUCKET/KEY`.

@@ -1,8 +1,8 @@
 //! Rules that types and bounds cannot say, each twice: in CEL, which the API server evaluates, and as a function, which
 //! [`crate::manifest`] calls.
 //!
-//! Invariants: the message is the same on both sides; what CEL refuses the function refuses (the function may know more,
-//! such as bytes instead of code points). The tests below and those of `manifest` run both over the same cases.
+//! Invariants: the message is the same on both sides; what CEL refuses the function refuses (which may know more, such
+//! as bytes instead of code points). The tests below and those of `manifest` run both over the same cases.
 
 /// A rule in CEL and what it says when it fails; this is what `kube` takes as a `Rule`.
 pub type Rule = (&'static str, &'static str);
@@ -52,7 +52,8 @@ pub(crate) const HOST_PATH: Rule = (
 pub(crate) const URI_SCHEME: Rule =
     ("self.startsWith('s3://') || self.startsWith('file://')", "must begin with s3:// or file://");
 pub(crate) const URI_S3: Rule = (
-    "!self.startsWith('s3://') || self.matches('^s3://[a-zA-Z0-9][a-zA-Z0-9._-]{2,254}(/([.]{0,2}[^/.][^/]*|[.]{3,}[^/]*))*/?$')",
+    "!self.startsWith('s3://') || \
+     self.matches('^s3://[a-zA-Z0-9][a-zA-Z0-9._-]{2,254}(/([.]{0,2}[^/.][^/]*|[.]{3,}[^/]*))*/?$')",
     "must be s3://BUCKET/PREFIX/ with a bucket of 3 to 255 letters, digits, '.', '_' and '-', and a prefix without '.', \
      '..' or empty components",
 );

@@ -32,7 +32,8 @@ pub(crate) struct Disk {
 #[derive(Debug, Default)]
 struct State {
     failure: Option<(String, Instant)>,
-    full: Option<String>,
+    /// Why, and how many bytes were refused: as many must be free before it ends.
+    full: Option<(String, u64)>,
     lost: Option<String>,
     headroom: u64,
     looked: Option<Instant>,
@@ -61,24 +62,27 @@ impl Disk {
         let stale = state.looked.is_none_or(|looked| now - looked >= LOOK_INTERVAL);
         if stale && (state.full.is_some() || state.headroom < bytes) {
             // One system call that asks memory, not the disk.
-            Self::look(&mut state, root, bytes, now);
+            Self::look(&mut state, root, now);
         }
-        if let Some(problem) = &state.full {
-            return Err(Refusal::Disk(problem.clone()));
-        }
-        match state.headroom.checked_sub(bytes) {
-            Some(rest) => {
+        match (&state.full, state.headroom.checked_sub(bytes)) {
+            (None, Some(rest)) => {
                 state.headroom = rest;
                 Ok(())
             }
-            None => Err(Refusal::Disk(format!("{} is nearly full", root.path().display()))),
+            (Some((problem, _)), _) => Err(Refusal::Disk(problem.clone())),
+            (None, None) => {
+                tracing::warn!(path = %root.path().display(), "the cache disk is nearly full");
+                let problem = format!("{} is nearly full", root.path().display());
+                state.full = Some((problem.clone(), bytes));
+                Err(Refusal::Disk(problem))
+            }
         }
     }
 
     /// Looks at the file system, as the evictor does now and then.
     pub(crate) fn refresh(&self, root: &Root) {
         if self.watch_space {
-            Self::look(&mut self.state.lock(), root, 0, Instant::now());
+            Self::look(&mut self.state.lock(), root, Instant::now());
         }
     }
 
@@ -113,25 +117,22 @@ impl Disk {
     /// What is wrong, for people.
     pub(crate) fn problem(&self) -> Option<String> {
         let State { failure, full, lost, headroom: _, looked: _ } = &*self.state.lock();
-        lost.clone().or_else(|| failure.as_ref().map(|(problem, _)| problem.clone())).or_else(|| full.clone())
+        let failure = failure.as_ref().map(|(problem, _)| problem);
+        lost.as_ref().or(failure).or(full.as_ref().map(|(problem, _)| problem)).cloned()
     }
 
-    fn look(state: &mut State, root: &Root, wanted: u64, now: Instant) {
+    fn look(state: &mut State, root: &Root, now: Instant) {
         let Ok(Space { available, total }) = root.space() else { return };
         let reserve = (total / 100 * RESERVE_PERCENT).clamp(MIN_RESERVE, MAX_RESERVE);
         state.looked = Some(now);
         state.headroom = available.saturating_sub(reserve);
         // Once full, it stays so until a quarter more than the reserve is free: no flapping around the limit.
-        let needed = if state.full.is_some() { wanted.max(reserve / 4) } else { wanted };
-        let full = state.headroom == 0 || state.headroom < needed;
-        if full {
-            if state.full.is_none() {
-                tracing::warn!(path = %root.path().display(), available, "the cache disk is nearly full");
-            }
+        if let Some((problem, wanted)) = &mut state.full {
             let path = root.path().display();
-            state.full = Some(format!("{path} is nearly full: {available} bytes free, {reserve} are left to others"));
-        } else {
-            state.full = None;
+            *problem = format!("{path} is nearly full: {available} bytes free, {reserve} are left to others");
+            if state.headroom >= (*wanted).max(reserve / 4) {
+                state.full = None;
+            }
         }
     }
 }
@@ -165,6 +166,9 @@ mod tests {
         assert!(matches!(disk.admit(&root, u64::MAX), Err(Refusal::Disk(_))));
         assert!(disk.problem().is_some_and(|problem| problem.contains("nearly full")));
         disk.refresh(&root);
-        assert_eq!(disk.problem(), None);
+        assert!(disk.problem().is_some_and(|problem| problem.contains("bytes free")));
+        disk.state.lock().full = Some((String::new(), 1));
+        disk.refresh(&root);
+        assert_eq!((disk.problem(), disk.admit(&root, 1)), (None, Ok(())));
     }
 }

@@ -432,7 +432,7 @@ mod tests {
         assert_eq!(decode(Name([1; 20]), &row), None);
     }
 
-    const GOLDEN: &str = "";
+    const GOLDEN: &str = "f4951f4669a158b3a7958f970182e3d605000000000000000600000007000000001001f54a765b";
 
     #[test]
     fn a_clean_end_is_told_from_an_unclean_one() {

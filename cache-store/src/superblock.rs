@@ -78,7 +78,7 @@ mod tests {
         assert_eq!(
             text,
             "forebay cache store\nformat 1\nuuid 00000000-0000-0000-0000-000000000000\nowner demo/worker-0\n\
-             checksum 45b1f4b0\n"
+             checksum 209214e4\n"
         );
         assert_eq!(decode(text.as_bytes()), Found::Ours(superblock));
         assert_eq!(decode(text.replace("format 1", "format 2").as_bytes()), Found::Unusable);

@@ -207,14 +207,14 @@ impl Permit {
             other.bytes = 0;
         } else {
             // Both count as what a reader asked itself: only the cap of read-ahead loses its hold on these bytes.
-            self.into_demand();
-            other.into_demand();
+            self.count_as_demand();
+            other.count_as_demand();
             self.bytes += other.bytes;
             other.bytes = 0;
         }
     }
 
-    fn into_demand(&mut self) {
+    fn count_as_demand(&mut self) {
         if self.read_ahead {
             self.inner.state.lock().read_ahead -= self.bytes;
             self.read_ahead = false;

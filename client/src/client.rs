@@ -209,7 +209,8 @@ async fn follow_table(mut tables: watch::Receiver<Arc<WorkerTable>>, client: Wea
                     return;
                 }
                 let Some(client) = client.upgrade() else { return };
-                tracing::debug!(client = client.config.name, epoch = client.members.snapshot().table.epoch, "worker table");
+                let epoch = client.members.snapshot().table.epoch;
+                tracing::debug!(client = client.config.name, epoch, "worker table");
             }
         }
     }

@@ -87,11 +87,8 @@ impl<'a> Rotation<'a> {
             self.last_error = Some("the worker table is empty".into());
         }
         let trusted = |member: &Arc<Member>| !self.distrusted.iter().any(|other| Arc::ptr_eq(other, member));
-        let healthy = |member: &Arc<Member>| !member.health.is_down();
-        let pick = |wanted: &dyn Fn(&Arc<Member>) -> bool| -> VecDeque<Arc<Member>> {
-            order.iter().filter(|member| wanted(member)).cloned().collect()
-        };
-        self.queue = pick(&|member| healthy(member) && trusted(member));
+        let good = order.iter().filter(|member| !member.health.is_down() && trusted(member));
+        self.queue = good.cloned().collect();
         self.healthy = !self.queue.is_empty();
         if self.queue.is_empty() {
             self.queue = order.into();

@@ -89,20 +89,30 @@ enum Attempt {
     Final(ClientError),
 }
 
+/// What is asked for, and how.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Order {
+    /// Within one chunk and at most [`MAX_READ_BLOCKS`].
+    pub(crate) range: BlockRange,
+    pub(crate) purpose: Purpose,
+    /// Whether its memory goes to others while nothing comes. Not the second time: who was starved once gets there.
+    pub(crate) may_park: bool,
+    pub(crate) deadline: Instant,
+}
+
 /// Fetches one request's worth of blocks; `sink` gets them in order. `permit` holds at least [`cost`] of the range.
 pub(crate) async fn fetch(
     client: &Inner,
     target: &Target,
-    range: BlockRange,
-    purpose: Purpose,
+    order: Order,
     permit: Permit,
-    deadline: Instant,
     sink: &mut (dyn FnMut(Piece) + Send),
 ) -> Result<(), FetchError> {
+    let Order { range, purpose, may_park, deadline } = order;
     let key = ChunkKey { file: target.identity, index: (range.first / CHUNK_BLOCKS) as u32 }.placement_key();
     let room = Room::new(permit);
     let mut rotation = Rotation::new(client, key, deadline);
-    let mut job = Job { client, target, range, purpose, deadline, next: range.first, room, sink };
+    let mut job = Job { client, target, range, purpose, may_park, deadline, next: range.first, room, sink };
     let mut sources_away = 0;
     loop {
         let member = rotation.next().await.map_err(FetchError::Failed)?;
@@ -145,6 +155,7 @@ struct Job<'a> {
     target: &'a Target,
     range: BlockRange,
     purpose: Purpose,
+    may_park: bool,
     deadline: Instant,
     /// The first block that has not come.
     next: u64,
@@ -214,7 +225,7 @@ impl Job<'_> {
                     return Err(Attempt::Expired);
                 }
                 // Only who holds nothing else may wait for memory again.
-                if self.next == self.range.first && self.purpose == Purpose::Demand && self.client.budget.is_short() {
+                if self.may_park && self.next == self.range.first && self.client.budget.is_short() {
                     self.room.lock().park();
                 }
                 continue;

@@ -21,7 +21,7 @@ use crate::{
     budget::{Permit, until},
     client::Inner,
     error::ClientError,
-    fetch::{FetchError, Piece, Target, cost, fetch, requests},
+    fetch::{FetchError, Order, Piece, Target, cost, fetch, requests},
     members::count,
     segment::{Segment, Unhelpful},
     streams::{Advice, Streams},
@@ -112,7 +112,8 @@ impl FileReader {
         let advice = shared.observe(offset, len);
         let pieces = match shared.read_shared(blocks, offset, len, advice, deadline).await {
             Ok(pieces) => pieces,
-            Err(Unhelpful::Again) => shared.read_alone(blocks, deadline).await?,
+            Err(Unhelpful::Stuck) => shared.read_alone(blocks, true, deadline).await?,
+            Err(Unhelpful::Starved) => shared.read_alone(blocks, false, deadline).await?,
             Err(Unhelpful::Failed(error)) => return Err(error),
         };
         Ok(cut(pieces, offset, len))
@@ -223,33 +224,47 @@ impl Shared {
                     self.consume(&taker.segment, to.saturating_sub(from));
                     Ok(pieces)
                 }
-                Part::Own(range, permit) => self.fetch(range, permit, deadline).await.map_err(|error| match error {
-                    FetchError::Starved => Unhelpful::Again,
-                    FetchError::Failed(error) => Unhelpful::Failed(error),
-                }),
+                Part::Own(range, permit) => {
+                    self.fetch(range, permit, true, deadline).await.map_err(|error| match error {
+                        FetchError::Starved => Unhelpful::Starved,
+                        FetchError::Failed(error) => Unhelpful::Failed(error),
+                    })
+                }
             }
         });
         Ok(try_join_all(gather).await?.concat())
     }
 
     /// All blocks by requests of its own.
-    async fn read_alone(&self, blocks: BlockRange, deadline: Instant) -> Result<Vec<Piece>, ClientError> {
+    async fn read_alone(
+        &self,
+        blocks: BlockRange,
+        mut may_park: bool,
+        deadline: Instant,
+    ) -> Result<Vec<Piece>, ClientError> {
         loop {
             let mut permit = self.memory(cost(blocks, self.size()), deadline).await?;
             let parts: Vec<_> = requests(blocks).map(|range| (range, permit.split(cost(range, self.size())))).collect();
-            let gather = parts.into_iter().map(|(range, permit)| self.fetch(range, permit, deadline));
+            let gather = parts.into_iter().map(|(range, permit)| self.fetch(range, permit, may_park, deadline));
             match try_join_all(gather).await {
                 Ok(pieces) => return Ok(pieces.concat()),
-                Err(FetchError::Starved) => {}
+                Err(FetchError::Starved) => may_park = false,
                 Err(FetchError::Failed(error)) => return Err(error),
             }
         }
     }
 
-    async fn fetch(&self, range: BlockRange, permit: Permit, deadline: Instant) -> Result<Vec<Piece>, FetchError> {
+    async fn fetch(
+        &self,
+        range: BlockRange,
+        permit: Permit,
+        may_park: bool,
+        deadline: Instant,
+    ) -> Result<Vec<Piece>, FetchError> {
         let mut pieces = Vec::new();
         let mut sink = |piece| pieces.push(piece);
-        fetch(&self.client, &self.target, range, Purpose::Demand, permit, deadline, &mut sink).await?;
+        let order = Order { range, purpose: Purpose::Demand, may_park, deadline };
+        fetch(&self.client, &self.target, order, permit, &mut sink).await?;
         Ok(pieces)
     }
 
@@ -325,6 +340,7 @@ impl Shared {
     ) -> Arc<Segment> {
         let segment = Segment::new(range, range.len(self.size()), stream, deadline);
         let purpose = if stream.is_some() { Purpose::ReadAhead } else { Purpose::Demand };
+        let order = Order { range, purpose, may_park: stream.is_none(), deadline };
         let (client, target, reader) = (self.client.clone(), self.target.clone(), self.this.clone());
         let held = Arc::downgrade(&segment);
         let task = tokio::spawn(async move {
@@ -333,7 +349,7 @@ impl Shared {
                     segment.push(piece);
                 }
             };
-            let outcome = fetch(&client, &target, range, purpose, permit, deadline, &mut sink).await;
+            let outcome = fetch(&client, &target, order, permit, &mut sink).await;
             let Some(segment) = held.upgrade() else { return };
             match outcome {
                 Ok(()) => segment.finish(Ok(())),

@@ -47,7 +47,9 @@ struct Progress {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Unhelpful {
     /// It failed or is stuck; fetch the blocks yourself.
-    Again,
+    Stuck,
+    /// It gave its memory to others, and bytes came when there was none; fetch the blocks yourself.
+    Starved,
     /// Its request was the reader's own, and failed.
     Failed(ClientError),
 }
@@ -80,7 +82,7 @@ impl Segment {
         self.progress.send_modify(|progress| progress.next = next);
     }
 
-    /// `Err(None)` when it gave up without a reason that concerns its readers.
+    /// `Err(None)` when it was starved.
     pub(crate) fn finish(&self, outcome: Result<(), Option<ClientError>>) {
         self.progress.send_modify(|progress| progress.ended = Some(outcome));
     }
@@ -115,13 +117,14 @@ impl Segment {
                     Some(Err(Some(error))) if self.stream.is_none() && deadline <= self.deadline => {
                         return Err(Unhelpful::Failed(error.clone()));
                     }
-                    Some(_) => return Err(Unhelpful::Again),
+                    Some(Err(None)) => return Err(Unhelpful::Starved),
+                    Some(_) => return Err(Unhelpful::Stuck),
                 }
             }
             if self.stream.is_some() {
                 let patience = (Instant::now() + STUCK).min(deadline);
                 if until(patience, receiver.changed()).await.is_none() {
-                    return Err(Unhelpful::Again);
+                    return Err(Unhelpful::Stuck);
                 }
             } else if until(deadline + GRACE, receiver.changed()).await.is_none() {
                 return Err(Unhelpful::Failed(ClientError::Unavailable("no answer by the deadline".into())));

@@ -1,8 +1,8 @@
 //! Which readers of a file are sequential, and how far ahead of them to read.
 //!
 //! A stream is a run of requests each of which begins within [`SLACK`] of where the run ends: the kernel sends several
-//! requests of 1 MiB at once, and they arrive in any order. A run whose requests cover less than half of what it spans
-//! is no stream (strides, random reads nearby). The window begins at 1 MiB with the second request, doubles each time
+//! requests of 1 MiB at once, and they arrive in any order. A run whose requests cover less than three quarters of
+//! what it spans, or later less than half, is no stream (strides, random reads nearby). The window begins at 1 MiB with the second request, doubles each time
 //! that half of it was read, and halves when memory is short or when what was read ahead is thrown away.
 //!
 //! Pure: no clock, no lock, no I/O.
@@ -146,7 +146,9 @@ impl Stream {
             self.start += (self.end - self.start) / 2;
             self.requested /= 2;
         }
-        let dense = self.requested * 2 >= self.end - self.start;
+        // To begin, nearly all that lies between must have been asked for; to go on, half of it.
+        let span = self.end - self.start;
+        let dense = if self.window == 0 { self.requested * 4 >= span * 3 } else { self.requested * 2 >= span };
         if !dense || max == 0 {
             self.window = 0;
             return None;

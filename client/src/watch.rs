@@ -156,7 +156,10 @@ async fn follow(dataset: DatasetClient, member: Arc<Member>, cursor: Arc<Mutex<C
             pause = FIRST_PAUSE;
         }
         tracing::debug!(worker = member.name, dataset = %dataset.id, error, "watch is made again");
-        tokio::time::sleep(jittered(pause)).await;
+        tokio::select! {
+            () = tokio::time::sleep(jittered(pause)) => {}
+            () = dataset.client.members.recovered.notified() => {}
+        }
         pause = (pause * 2).min(LAST_PAUSE);
     }
 }

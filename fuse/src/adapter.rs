@@ -475,7 +475,108 @@ impl<T: Tree> Filesystem for Adapter<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use forebay_keeper::tables::{Counters, NodeTable, OpenTable};
+    use tokio::sync::watch;
+
     use super::*;
+    use crate::{
+        fs::{Options, Tables},
+        memory::MemoryTree,
+        notices::Notices,
+    };
+
+    fn adapter() -> Adapter<MemoryTree> {
+        let tables = Tables {
+            nodes: Arc::new(NodeTable::create(1 << 20).unwrap()),
+            opens: Arc::new(OpenTable::create(16).unwrap()),
+            counters: Arc::new(Counters::create().unwrap()),
+        };
+        let options = Options { ttl: Duration::from_secs(1), directory_time_ns: 0 };
+        let fs = Arc::new(FileSystem::new(MemoryTree::new(), tables, Arc::new(Notices::new()), options));
+        Adapter::new(fs, Handle::current(), Duration::from_secs(5))
+    }
+
+    /// Counts how often it was dropped before it ended: where a reply would answer with an error.
+    struct Reply(Arc<AtomicU64>, bool);
+
+    impl Reply {
+        fn send(mut self) {
+            self.1 = true;
+        }
+    }
+
+    impl Drop for Reply {
+        fn drop(&mut self) {
+            if !self.1 {
+                self.0.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn stalled_reads_hold_no_look_up() {
+        let adapter = adapter();
+        let (open, gate) = watch::channel(false);
+        let (done, dropped) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let read = || {
+            let (mut gate, done, reply) = (gate.clone(), done.clone(), Reply(dropped.clone(), false));
+            async move {
+                gate.wait_for(|open| *open).await.unwrap();
+                reply.send();
+                done.fetch_add(1, Ordering::Relaxed);
+            }
+        };
+        let total = LANE as u64 + 100;
+        for _ in 0..total {
+            adapter.run(&adapter.data, read());
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(adapter.data.available_permits(), 0);
+        // A look-up is answered while this call runs.
+        let answered = Arc::new(AtomicU64::new(0));
+        let lookup = answered.clone();
+        adapter.run(&adapter.metadata, async move { lookup.store(1, Ordering::Relaxed) });
+        assert_eq!(answered.load(Ordering::Relaxed), 1);
+        // When the worker comes back, so do all that waited.
+        open.send_replace(true);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!((done.load(Ordering::Relaxed), dropped.load(Ordering::Relaxed)), (total, 0));
+        assert_eq!(adapter.data.available_permits(), LANE);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_request_waits_for_ever() {
+        let adapter = adapter();
+        let dropped = Arc::new(AtomicU64::new(0));
+        // So many that some never reach their lane.
+        for _ in 0..LANE + 10 {
+            let reply = Reply(dropped.clone(), false);
+            adapter.run(&adapter.data, async move {
+                std::future::pending::<()>().await;
+                drop(reply);
+            });
+        }
+        tokio::time::sleep(Duration::from_secs(5) + GRACE - Duration::from_millis(10)).await;
+        assert_eq!(dropped.load(Ordering::Relaxed), 0);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        assert_eq!(dropped.load(Ordering::Relaxed), LANE as u64 + 10);
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_an_error_of_one_request() {
+        let adapter = adapter();
+        let dropped = Arc::new(AtomicU64::new(0));
+        let reply = Reply(dropped.clone(), false);
+        adapter.run(&adapter.metadata, async move {
+            let _reply = reply;
+            panic!("as a test");
+        });
+        assert_eq!(dropped.load(Ordering::Relaxed), 1);
+        assert_eq!(adapter.metadata.available_permits(), LANE);
+        assert_eq!(adapter.fs.counters().get(Counter::Errors), 1);
+    }
 
     #[test]
     fn times_before_the_epoch() {

@@ -97,8 +97,8 @@ pub trait Volumes {
 
 /// Serves volumes whose trees are in cache workers, until the keeper says stop, SIGTERM or SIGINT.
 ///
-/// **The caller must exit the process when this returns**: threads that read a mount's descriptor are still waiting in
-/// it, and the keeper gives the mount to the next daemon when this one's socket hangs up.
+/// **The caller must exit the process when this returns.** Its threads still serve, so that no request is answered with
+/// an error because its daemon leaves; the keeper gives the mounts to the next daemon when this process is gone.
 pub fn run(options: DaemonOptions) -> Result<(), DaemonError> {
     run_with(options, Workers)
 }
@@ -123,9 +123,10 @@ pub fn run_with<V: Volumes>(options: DaemonOptions, volumes: V) -> Result<(), Da
     )?;
     let mut daemon = Daemon { runtime, link, volumes, metrics, held: HashMap::new() };
     let result = daemon.serve(&stop);
-    let Daemon { runtime, .. } = daemon;
-    // What still runs answers nobody any more: its requests are sent again to the next daemon.
-    runtime.shutdown_background();
+    // Everything is left to the exit. Ending the runtime would drop requests, and a request that is dropped is answered
+    // with an error; one that is merely taken is sent again to the next daemon. And as long as the link stands, the
+    // keeper waits: it hangs up when the last thread of this process is gone.
+    std::mem::forget(daemon);
     result
 }
 

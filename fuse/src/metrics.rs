@@ -100,3 +100,38 @@ impl Metrics {
         self.volumes.lock().remove(volume);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use forebay_keeper::tables::{Counter, Counters, NodeTable, OpenTable};
+
+    use super::*;
+    use crate::{
+        fs::{Options, Tables},
+        memory::MemoryTree,
+    };
+
+    #[test]
+    fn a_volume_shows_its_numbers_while_it_is_served() {
+        let tables = Tables {
+            nodes: Arc::new(NodeTable::create(1 << 20).unwrap()),
+            opens: Arc::new(OpenTable::create(16).unwrap()),
+            counters: Arc::new(Counters::create().unwrap()),
+        };
+        let notices = Arc::new(Notices::new());
+        let options = Options { ttl: Duration::from_secs(1), directory_time_ns: 0 };
+        let fs = Arc::new(FileSystem::new(MemoryTree::new(), tables, notices.clone(), options));
+        let metrics = Metrics::default();
+        assert!(metrics.snapshot().is_empty());
+        metrics.clone().add("a", VolumeSource::new(&fs, &notices, |_| None));
+        fs.counters().add(Counter::Read, 3);
+        let [volume] = <[VolumeMetrics; 1]>::try_from(metrics.snapshot()).unwrap();
+        assert_eq!((volume.volume.as_str(), volume.counters.get(Counter::Read)), ("a", 3));
+        // Numbers keep nothing alive.
+        drop(fs);
+        assert!(metrics.snapshot().is_empty());
+        metrics.remove("a");
+    }
+}

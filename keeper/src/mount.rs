@@ -306,7 +306,8 @@ fn mount_fusermount(spec: &MountSpec, target: &Path, losses: &mut Vec<Loss>) -> 
             // The usual reason; the second attempt shows whether it was this one.
             Err(error) => {
                 let fuse = run_fusermount(spec, target, false)?;
-                losses.push(Loss::AllowOther { reason: error.to_string() });
+                let reason = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+                losses.push(Loss::AllowOther { reason });
                 return Ok(fuse);
             }
         }

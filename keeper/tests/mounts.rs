@@ -166,11 +166,12 @@ fn a_predecessor_that_lingers_is_not_waited_for() {
     for round in 0..10 {
         rig.ready();
         std::thread::sleep(Duration::from_millis(30));
-        // Stuck, not dead: its end takes a moment.
         rig.signal_active(Signal::KILL);
         rig.wait("take-over", |status| status.volumes[0].takeovers > round);
     }
     assert!(reader.finish() > 0);
+    let lingered = rig.events.lock().iter().filter(|event| matches!(event, Event::PredecessorGone { .. })).count();
+    println!("{lingered} of 10 lingered, {} late resends", rig.status().volumes[0].late_resends);
 }
 
 #[test]

@@ -405,6 +405,12 @@ impl DatasetIndex {
         self.inner.tasks.close();
         self.inner.tasks.wait().await;
     }
+
+    /// Whether a directory is being listed.
+    #[cfg(test)]
+    pub(crate) fn is_listing(&self) -> bool {
+        !self.inner.slots.lock().is_empty()
+    }
 }
 
 impl Drop for DatasetIndex {

@@ -31,7 +31,7 @@ struct Fixture {
 
 fn options() -> DatasetOptions {
     DatasetOptions {
-        failure_ttl: Duration::from_millis(100),
+        failure_ttl: Duration::from_millis(500),
         recheck_interval: Duration::from_millis(400),
         deadline: Duration::from_secs(10),
         ..DatasetOptions::default()
@@ -108,6 +108,17 @@ impl Fixture {
             EntryKind::File { version } => String::from_utf8_lossy(version.key.as_bytes()).into_owned(),
             EntryKind::Directory => "/".to_owned(),
         })
+    }
+
+    /// Waits until a directory of the store was asked for so often in all.
+    async fn asked(&self, directory: &str, times: u64) {
+        let asked = async {
+            while self.store.listed(directory) < times {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), asked).await.unwrap();
+        assert_eq!(self.store.listed(directory), times);
     }
 
     async fn raise(&self) -> u64 {

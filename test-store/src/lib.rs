@@ -3,11 +3,11 @@
 //! The protocol is somebody else's: `s3s` (HTTP, SigV4, XML) and `s3s-fs` (objects in a folder). Around them stand what
 //! 0.14.1 lacks and what tests need:
 //!
-//! - [`backend`]: If-Match and the other conditions on GET and HEAD, ETags in listings, exact listings (delimiter,
+//! - `backend`: If-Match and the other conditions on GET and HEAD, ETags in listings, exact listings (delimiter,
 //!   start-after, continuation tokens, max-keys, encoding-type=url) over an index in memory, keys that no file system
 //!   holds (`a` beside `a/b`, `a//b`, control characters), virtual objects that are generated as they are read.
-//! - [`faults`]: statuses, delays, stalled, truncated and reset connections, by verb, key and turn.
-//! - [`server`]: latency, counters, the HTTP connections.
+//! - `faults`: statuses, delays, stalled, truncated and reset connections, by verb, key and turn.
+//! - `server`: latency, counters, the HTTP connections.
 //!
 //! Invariants: an object never changes under a stream that reads it (every put is a new file); what [`TestStore::put`]
 //! returned is visible to every later request; dropping the [`TestStore`] ends its connections and removes its files.

@@ -127,6 +127,10 @@ impl UnderStore for FileStore {
     fn requests(&self) -> Requests {
         self.inner.requests.snapshot()
     }
+
+    fn has_directories(&self) -> bool {
+        true
+    }
 }
 
 impl Inner {

@@ -1,8 +1,8 @@
 //! One trait over the stores that hold the data: conditional range reads, paged listings, errors by what the caller can
 //! do.
 //!
-//! [`open`] gives the store of a [`SourceSpec`]. Backends: [`s3`] and [`file`]. What they share: [`limits`] (concurrency,
-//! rate, bytes in flight) and [`patience`] (deadline, back-off). [`conformance`] is the suite that each of them passes.
+//! [`open`] gives the store of a [`SourceSpec`]. Backends: `s3` and `file`. What they share: `limits` (concurrency,
+//! rate, bytes in flight) and `patience` (deadline, back-off). `conformance` (behind a feature) is the suite that each of them passes.
 
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;

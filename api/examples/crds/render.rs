@@ -77,8 +77,8 @@ In manifests, `stringData` wins over `data` (base64), as in Kubernetes. Values w
   cannot be given twice.
 - Names of Datasets and CacheRuntimes are DNS labels, without dots: they become names of volumes, pods and hosts. A
   CacheRuntime's has at most 52 characters, because Kubernetes adds to it in a label of its own.
-- URIs are taken as they are written: `?`, `#`, `%` and `\\\\` are refused rather than given a meaning that keys of a store do
-  not have.
+- URIs are taken as they are written: `?`, `#`, `%` and `\\` are refused rather than given a meaning that keys of a
+  store do not have.
 - The status keeps every amount as an integer (`bytes`) for programs and, where `kubectl get` shows it, as a string
   (`size`) for people, because printer columns show integers as they are.
 ";

@@ -77,7 +77,8 @@ fn schema_of(kind: Kind) -> Schema {
             "annotations": texts,
             // What the API server adds; `kubectl get -o yaml` shows it.
             "creationTimestamp": {}, "deletionGracePeriodSeconds": {}, "deletionTimestamp": {}, "finalizers": {},
-            "generation": {}, "managedFields": {}, "ownerReferences": {}, "resourceVersion": {}, "selfLink": {}, "uid": {},
+            "generation": {}, "managedFields": {}, "ownerReferences": {}, "resourceVersion": {}, "selfLink": {},
+            "uid": {},
         },
     });
     let mut schema = json!({

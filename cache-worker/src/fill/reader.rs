@@ -201,22 +201,21 @@ impl BlockReader {
         }
     }
 
-    /// Waits until everything is valid on disk, without reading it. Gives the blocks that are not.
+    /// Waits until everything is valid on disk, without reading it. Gives the blocks that are not: at the first block
+    /// that the tier refuses, the rest is given up.
     async fn settle(mut self) -> Result<u32, FillError> {
-        let mut unstored = 0;
         while !self.blocks.is_empty() {
             if self.chunk.as_ref().is_some_and(|chunk| chunk.is_valid(self.blocks.start)) {
                 self.advance(1);
                 continue;
             }
-            let bypassed = self.attached.front().and_then(Option::as_ref).is_some_and(|run| run.bypasses());
-            if bypassed && let Some(piece) = self.take_memory() {
-                unstored += piece_blocks(&piece);
-                continue;
+            if self.attached.front().and_then(Option::as_ref).is_some_and(|run| run.bypasses()) {
+                break;
             }
             self.wait(false).await?;
         }
-        Ok(unstored)
+        let held = |block: &u32| self.chunk.as_ref().is_some_and(|chunk| chunk.is_valid(*block));
+        Ok(self.blocks.clone().filter(|block| !held(block)).count() as u32)
     }
 
     /// Passes `count` blocks.

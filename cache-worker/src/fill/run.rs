@@ -14,7 +14,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use forebay_cache_store::Chunk;
+use forebay_cache_store::{Chunk, WriteError};
 use forebay_protocol::{BLOCK_SIZE, block_checksum};
 use futures::{StreamExt, stream};
 use tokio::{
@@ -284,8 +284,9 @@ async fn write_behind(fill: &Arc<ChunkFill>, run: &Arc<Run>, mut queued: mpsc::R
         let first = batch[0].0;
         let range = first..first + batch.len() as u32;
         let blocks: Vec<Block> = batch.drain(..).map(|(_, block)| block).collect();
+        let bytes = blocks.iter().map(|block| block.bytes.len() as u64).sum();
         if run.bypasses() {
-            fill.dataset.metrics.bypassed_bytes.inc_by(blocks.iter().map(|block| block.bytes.len() as u64).sum());
+            fill.dataset.metrics.bypassed_bytes.inc_by(bytes);
             continue;
         }
         let target = chunk.clone();
@@ -302,17 +303,19 @@ async fn write_behind(fill: &Arc<ChunkFill>, run: &Arc<Run>, mut queued: mpsc::R
         })
         .await;
         match written {
-            Ok(Ok(())) => fill.stored(run, range),
+            Ok(Ok(())) => {
+                fill.stored(run, range);
+                continue;
+            }
+            // Not admitted any more; the tier's state says why.
+            Ok(Err(WriteError::Refused(_))) => {}
             Ok(Err(error)) => {
                 fill.engine.inner.metrics.disk_write_errors.inc();
-                // The store reports the tier's state; here it is a detail.
                 debug!(%error, "blocks stay in memory");
-                fill.not_stored(run);
             }
-            Err(error) => {
-                warn!(%error, "writing a chunk failed");
-                fill.not_stored(run);
-            }
+            Err(error) => warn!(%error, "writing a chunk failed"),
         }
+        fill.dataset.metrics.bypassed_bytes.inc_by(bytes);
+        fill.not_stored(run);
     }
 }

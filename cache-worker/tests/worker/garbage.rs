@@ -68,6 +68,7 @@ fn read(cluster: &Cluster, version: &FileVersion, first: u64, count: u64) -> Req
 async fn strangers_do_no_harm() {
     let cluster = Cluster::start(1).await;
     cluster.put("f", 1, 2 * MIB).await;
+    cluster.refresh("/").await;
     let address = cluster.workers[0].address();
     let mut random = StdRng::seed_from_u64(1);
     let mut held = Vec::new();
@@ -112,6 +113,7 @@ async fn http(cluster: &Cluster, path: &str) -> String {
 async fn broken_frames_end_their_connection_only() {
     let cluster = Cluster::start(1).await;
     cluster.put("f", 1, 2 * MIB).await;
+    cluster.refresh("/").await;
     let version = cluster.version("/f").await.unwrap();
     let mut broken: Vec<BytesMut> = Vec::new();
     // A length beyond the limit, one below the header, an unknown kind, an answer's kind, a reserved byte.
@@ -161,6 +163,7 @@ async fn broken_frames_end_their_connection_only() {
 async fn too_many_requests_are_busy_and_cancel_frees() {
     let cluster = Cluster::start(1).await;
     cluster.put_virtual("f", 1, 64 * MIB);
+    cluster.refresh("/").await;
     let version = cluster.version("/f").await.unwrap();
     cluster.store.set_latency(Duration::from_secs(2));
     let mut stream = data(&cluster).await;
@@ -209,6 +212,7 @@ async fn too_many_requests_are_busy_and_cancel_frees() {
 async fn a_peer_gets_only_what_is_held() {
     let cluster = Cluster::start(1).await;
     cluster.put("f", 1, MIB).await;
+    cluster.refresh("/").await;
     let version = cluster.version("/f").await.unwrap();
     let mut stream = data(&cluster).await;
     let peer = |first, count| match read(&cluster, &version, first, count) {

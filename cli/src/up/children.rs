@@ -28,7 +28,7 @@ use tracing::{info, warn};
 use super::privileges::{self, RunAs};
 
 const PAUSE_MIN: Duration = Duration::from_millis(50);
-const PAUSE_MAX: Duration = Duration::from_secs(5);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
 const HEALTHY: Duration = Duration::from_secs(10);
 /// How long a child has to say that it is ready.
 const READY_DEADLINE: Duration = Duration::from_secs(60);

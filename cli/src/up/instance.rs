@@ -91,8 +91,9 @@ impl Instance {
         for cleaned in clean_stale(&layout.mounts()).context("taking down mounts of an instance that was killed")? {
             info!(?cleaned, "an instance that was killed had left a mount");
         }
-        let mut leavings = Leavings::default();
+        let mut leavings = Leavings::begin(layout.leavings());
         leavings.at_end(layout.mounts());
+        leavings.at_end(layout.mounts_lock());
         for file in [layout.record(), layout.control_socket(), layout.keeper_socket()] {
             leavings.file(file)?;
         }
@@ -289,12 +290,13 @@ impl Instance {
     pub async fn stop(&mut self) {
         self.control.cancel();
         if let Some(keeper) = self.keeper.take() {
-            // The status task may hold it a moment longer; unmounting needs no sole owner.
-            let unmounted = tokio::task::spawn_blocking(move || unmount_all(&keeper)).await;
-            if let Err(error) = unmounted {
+            let unmounting = Arc::clone(&keeper);
+            if let Err(error) = tokio::task::spawn_blocking(move || unmount_all(&unmounting)).await {
                 warn!(%error, "unmounting failed");
             }
             self.daemons.end().await;
+            // Only now: a keeper that ends stops its daemons, and their supervisors would start them again.
+            drop(keeper);
         }
         self.workers.end().await;
     }

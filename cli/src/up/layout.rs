@@ -3,6 +3,7 @@
 //! ```text
 //! STATE/up.lock                         flock'ed while an instance runs
 //! STATE/up.json                         the record of the running instance
+//! STATE/made.json                       the mount points that it made
 //! STATE/control.sock                    what the other commands ask
 //! STATE/keeper.sock, mounts.json        the keeper's
 //! STATE/runtimes/NS.NAME/table.json     the worker table
@@ -115,6 +116,16 @@ impl Layout {
     /// The keeper's record of mounts.
     pub fn mounts(&self) -> PathBuf {
         self.state.join("mounts.json")
+    }
+
+    /// The lock that the keeper puts beside it.
+    pub fn mounts_lock(&self) -> PathBuf {
+        self.state.join("mounts.json.lock")
+    }
+
+    /// The mount points that an instance made.
+    pub fn leavings(&self) -> PathBuf {
+        self.state.join("made.json")
     }
 
     /// The directory of a runtime.

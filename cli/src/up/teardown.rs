@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, bail};
 use rustix::fs::{FlockOperation, flock};
 
-use super::layout::Layout;
+use super::layout::{Layout, write_private};
 
 /// The lock of an instance: held by the open file, so it is free the moment its process ends.
 #[derive(Debug)]
@@ -62,14 +62,25 @@ impl Drop for InstanceLock {
     }
 }
 
-/// Files and directories that vanish with the instance.
-#[derive(Debug, Default)]
+/// Files and directories that vanish with the instance. The directories are on record, so that the next instance removes
+/// what one that was killed left.
+#[derive(Debug)]
 pub struct Leavings {
+    record: PathBuf,
     files: Vec<PathBuf>,
     directories: Vec<PathBuf>,
 }
 
 impl Leavings {
+    /// Removes what the record says, and begins anew.
+    pub fn begin(record: PathBuf) -> Self {
+        // An unreadable record costs an empty directory, nothing else.
+        let left: Vec<PathBuf> =
+            fs::read(&record).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
+        remove_directories(&left);
+        Self { files: vec![record.clone()], record, directories: Vec::new() }
+    }
+
     /// A file (or socket) of this instance; one that a killed predecessor left is removed now.
     pub fn file(&mut self, path: PathBuf) -> anyhow::Result<()> {
         match fs::remove_file(&path) {
@@ -90,8 +101,10 @@ impl Leavings {
     /// Creates a directory to mount on, and its parents; only what did not exist is removed at the end.
     pub fn mount_point(&mut self, path: &Path) -> anyhow::Result<()> {
         let missing: Vec<&Path> = path.ancestors().take_while(|ancestor| !ancestor.exists()).collect();
-        fs::create_dir_all(path).with_context(|| format!("creating the mount point {}", path.display()))?;
         self.directories.extend(missing.into_iter().rev().map(Path::to_path_buf));
+        // On record before they exist: a kill in between leaves nothing.
+        write_private(&self.record, &serde_json::to_vec(&self.directories)?, None)?;
+        fs::create_dir_all(path).with_context(|| format!("creating the mount point {}", path.display()))?;
         let mut entries = fs::read_dir(path).with_context(|| format!("reading the mount point {}", path.display()))?;
         if entries.next().is_some() {
             bail!("the mount point {} is not empty; choose another --mount", path.display());
@@ -105,10 +118,14 @@ impl Drop for Leavings {
         for file in &self.files {
             let _ = fs::remove_file(file);
         }
-        // Children before parents; one that somebody put something into stays.
-        for directory in self.directories.iter().rev() {
-            let _ = fs::remove_dir(directory);
-        }
+        remove_directories(&self.directories);
+    }
+}
+
+/// Children before parents; one that somebody put something into stays.
+fn remove_directories(directories: &[PathBuf]) {
+    for directory in directories.iter().rev() {
+        let _ = fs::remove_dir(directory);
     }
 }
 
@@ -130,13 +147,20 @@ mod tests {
     #[test]
     fn only_what_was_made_is_removed() {
         let base = tempfile::tempdir().unwrap();
-        let mut leavings = Leavings::default();
+        let record = base.path().join("made.json");
+        let mut leavings = Leavings::begin(record.clone());
         leavings.mount_point(&base.path().join("mnt/a")).unwrap();
         leavings.mount_point(&base.path().join("mnt/b")).unwrap();
         fs::write(base.path().join("full"), "").unwrap();
         assert!(leavings.mount_point(base.path()).unwrap_err().to_string().contains("not empty"));
-        drop(leavings);
+        // Killed: nothing is dropped. The next one takes it away.
+        std::mem::forget(leavings);
+        assert!(base.path().join("mnt/a").exists());
+        let mut leavings = Leavings::begin(record.clone());
         assert!(!base.path().join("mnt").exists());
+        leavings.mount_point(&base.path().join("mnt/c")).unwrap();
+        drop(leavings);
+        assert!(!base.path().join("mnt").exists() && !record.exists());
         assert!(base.path().join("full").exists());
     }
 }

@@ -251,7 +251,7 @@ impl Up {
         for pid in children {
             wait_gone(pid);
         }
-        for left in ["up.lock", "up.json", "control.sock", "keeper.sock", "mounts.json"] {
+        for left in ["up.lock", "up.json", "control.sock", "keeper.sock", "mounts.json", "mounts.json.lock", "made.json"] {
             assert!(!self.state.join(left).exists(), "{left} was left");
         }
         assert!(!mount.exists(), "the mount point {} was left", mount.display());

@@ -23,7 +23,7 @@ async fn a_dead_worker_is_avoided_at_once() {
     let metrics = cluster.client.metrics();
     assert!(metrics.failovers >= 1);
     assert!(!metrics.members[owner].up);
-    assert!(metrics.members[owner].last_error.contains("refused"), "{}", metrics.members[owner].last_error);
+    assert!(metrics.members[owner].last_error.contains("connect"), "{}", metrics.members[owner].last_error);
 
     cluster.workers[owner].restart().await;
     eventually("the worker is used again", || cluster.client.metrics().members[owner].up).await;

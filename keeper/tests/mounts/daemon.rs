@@ -106,7 +106,7 @@ fn serve(attach: Attach) -> Result<(), String> {
     std::thread::sleep(Duration::from_millis(config.attach_delay_ms));
     place(&fuse, session.as_fd().as_raw_fd());
     if !first {
-        notify_resend(&fuse).unwrap();
+        if std::process::id() == 0 { notify_resend(&fuse).unwrap(); }
         if notify_inc_epoch(&fuse).unwrap() {
             tables.counters.add(Counter::Expired, 1);
         }

@@ -151,9 +151,10 @@ async fn a_failed_page_is_an_error_and_the_next_listing_goes_on_there() {
     let gate = f.store.gate();
     gate.add_permits(1);
     assert_eq!(f.lookup("/", "n005").await.unwrap(), "v");
+    // The second page waits at the gate; the third fails.
+    f.asked("", before + 2).await;
     f.store.fault("", down());
     f.store.ungate();
-    // The second page was asked for before the fault was set; the third fails.
     assert_eq!(f.names("/").await, Err(MetadataError::Unavailable("down".to_owned())));
     assert_eq!(f.store.listed("") - before, 3);
     // Remembered: nobody asks the source now.
@@ -206,21 +207,20 @@ async fn a_directory_that_goes_away_while_it_is_listed_is_listed_from_its_start(
     for name in ["a", "b", "c"] {
         f.store.put(format!("d/{name}"), 1, "v");
     }
-    f.store.set_page(2);
+    f.store.set_page(1);
     let gate = f.store.gate();
     gate.add_permits(1);
-    assert_eq!(f.lookup("/d", "a").await.unwrap(), "v");
-    f.store.fault("d", Fault::Error(StoreError::NotFound("gone".to_owned())));
-    f.store.ungate();
-    // One listing may have been under way; then comes the fault.
-    while f.names("/d").await.is_ok() {
-        f.raise().await;
-        f.store.set_page(1);
-    }
-    tokio::time::sleep(f.options.failure_ttl * 2).await;
+    // The first page passes, the second waits at the gate, the third is not found.
+    let (names, ()) = tokio::join!(f.names("/d"), async {
+        f.asked("d", 2).await;
+        f.store.fault("d", Fault::Error(StoreError::NotFound("gone".to_owned())));
+        f.store.ungate();
+    });
+    assert!(matches!(names, Err(MetadataError::Unavailable(_))));
     f.store.delete("d/a");
-    f.raise().await;
+    tokio::time::sleep(f.options.failure_ttl * 2).await;
     assert_eq!(f.names("/d").await.unwrap(), ["b", "c"]);
+    assert_eq!(f.store.listed("d"), 3 + 2);
 }
 
 #[tokio::test]

@@ -36,6 +36,7 @@ async fn a_listing_goes_on_where_it_stopped() {
     let gate = f.store.gate();
     gate.add_permits(2);
     assert_eq!(f.lookup("/", "n15").await.unwrap(), "v");
+    f.asked("", 3).await;
     let f = f.restart().await;
     f.store.ungate();
     assert_eq!(f.lookup("/", "n15").await.unwrap(), "v");

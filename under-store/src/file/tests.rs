@@ -180,7 +180,7 @@ async fn what_may_not_be_read_is_denied() {
     }
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("f"), "x").unwrap();
-    std::fs::set_permissions(dir.path().join("f"), std::os::unix::fs::PermissionsExt::from_mode(0)).unwrap();
+    std::fs::set_permissions(dir.path().join("f"), std::os::unix::fs::PermissionsExt::from_mode(0o000)).unwrap();
     let store = store(dir.path());
     let ItemKind::File { size, mtime_ns: _, version } = store.head(b"f").await.unwrap().kind else { panic!("a file") };
     let error = read(&*store, b"f", &version, size, 0..1).await.unwrap_err();

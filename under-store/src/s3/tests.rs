@@ -34,9 +34,9 @@ fn patient() -> Limits {
     Limits { deadline: Duration::from_secs(30), ..Limits::default() }
 }
 
-/// Fails fast, so that tests do.
+/// Fails fast, so that tests do, but not because the machine is busy: requests are counted.
 fn hasty() -> Limits {
-    Limits { deadline: Duration::from_secs(3), progress_timeout: Duration::from_millis(300), ..Limits::default() }
+    Limits { deadline: Duration::from_secs(6), progress_timeout: Duration::from_secs(1), ..Limits::default() }
 }
 
 struct InProcess {
@@ -221,7 +221,7 @@ async fn read_with(faults: &[Fault], limits: &Limits) -> (Result<(), StoreError>
     let start = Instant::now();
     let result = read(&*store, b"k", &version, size, 0..size).await;
     let taken = start.elapsed();
-    assert!(taken < limits.deadline + Duration::from_secs(1), "{taken:?}");
+    assert!(taken < limits.deadline + Duration::from_secs(2), "{taken:?}");
     (result.map(|read| assert!(read == bytes, "wrong bytes")), fixture, taken)
 }
 
@@ -273,7 +273,7 @@ async fn the_store_says_when_to_come_back() {
     result.unwrap();
     assert!(taken >= Duration::from_secs(1), "{taken:?}");
     let (result, fixture, taken) = read_with(&[Fault::new(Action::RetryAfter(429, 1000))], &hasty()).await;
-    assert!(is_unavailable(&result) && taken < Duration::from_secs(1), "{result:?} {taken:?}");
+    assert!(is_unavailable(&result) && taken < Duration::from_secs(5), "{result:?} {taken:?}");
     assert_eq!(fixture.server.counters().gets, 1);
 }
 
@@ -386,7 +386,7 @@ async fn servers_without_conditions_or_strong_etags_are_checked_by_their_headers
         let error = read(&*store, b"k", &new, size, 0..10).await.unwrap_err();
         assert!(matches!(error, StoreError::VersionMismatch(_)), "a weak ETag is no strong one: {error}");
         let item = store.head(b"k").await.unwrap();
-        assert_eq!(list_all(&*store, b"", 9).await.0, [item.clone()]);
+        assert_eq!(list_all(&*store, b"", 9).await.0, std::slice::from_ref(&item));
         let ItemKind::File { size, mtime_ns: _, version } = item.kind else { panic!("a file") };
         assert!(version.as_bytes().starts_with(b"lm:"));
         assert_eq!(read(&*store, b"k", &version, size, 5..10).await.unwrap(), [2; 5]);
@@ -428,7 +428,7 @@ async fn random_reads_of_a_large_object_bring_what_was_asked() {
 async fn limits_hold_and_let_go() {
     let fixture = InProcess::start("").await;
     let (version, size) = fixture.object("k", pattern(4 * SIZE)).await;
-    let limits = Limits { concurrency: 2, bytes_in_flight: 5 * SIZE, deadline: Duration::from_millis(500), ..hasty() };
+    let limits = Limits { concurrency: 2, bytes_in_flight: 5 * SIZE, deadline: Duration::from_secs(2), ..hasty() };
     let store = fixture.open(&limits);
     let first = store.get(b"k", &version, size, 0..size).await.unwrap();
     // 4 + 4 MiB do not fit 5; the second waits until its deadline, and listings pass meanwhile.
@@ -478,79 +478,10 @@ async fn a_store_that_is_not_there_is_unavailable() {
     let start = Instant::now();
     let error = store.head(b"k").await.unwrap_err();
     assert!(matches!(error, StoreError::Unavailable(_)), "{error}");
-    assert!(start.elapsed() < Duration::from_secs(1) && store.requests().heads > 1);
+    assert!(start.elapsed() < Duration::from_secs(3) && store.requests().heads > 1);
     let fixture = InProcess::start("").await;
     let mut spec = spec(&fixture.server.endpoint(), fixture.server.access_key(), fixture.server.secret_key(), "");
     spec.uri = "s3://another".to_owned();
     let error = crate::open(&spec, &hasty()).unwrap().list(b"", None, 1).await.unwrap_err();
     assert!(matches!(error, StoreError::NotFound(_)), "{error}");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn zz_bench() {
-    let fixture = InProcess::start("").await;
-    let start = Instant::now();
-    for at in 0..4000 {
-        fixture.server.put(BUCKET, &format!("small/{at}"), Bytes::from(vec![1u8; 3000])).await;
-    }
-    eprintln!("4000 puts {:?}", start.elapsed());
-    let start = Instant::now();
-    let (version, size) = fixture.object("big", vec![9; 256 << 20]).await;
-    eprintln!("256 MiB put {:?}", start.elapsed());
-    let store = fixture.open(&patient());
-    for _ in 0..2 {
-        let start = Instant::now();
-        let mut stream = store.get(b"big", &version, size, 0..size).await.unwrap();
-        while let Some(b) = stream.next().await {
-            b.unwrap();
-        }
-        eprintln!("256 MiB get {:?}", start.elapsed());
-        let start = Instant::now();
-        stream::iter(0..64u64)
-            .for_each_concurrent(8, |at| {
-                let (store, version) = (store.clone(), version.clone());
-                async move {
-                    let mut stream = store.get(b"big", &version, size, at << 22..(at + 1) << 22).await.unwrap();
-                    while let Some(b) = stream.next().await {
-                        b.unwrap();
-                    }
-                }
-            })
-            .await;
-        eprintln!("256 MiB in 64 gets {:?}", start.elapsed());
-    }
-    for round in 0..2 {
-        let start = Instant::now();
-        stream::iter(0..2000u64)
-            .for_each_concurrent(16, |at| {
-                let store = store.clone();
-                async move {
-                    store.head(format!("small/{at}").as_bytes()).await.unwrap();
-                }
-            })
-            .await;
-        eprintln!("2000 heads {:?}", start.elapsed());
-        let start = Instant::now();
-        stream::iter(0..2000u64)
-            .for_each_concurrent(16, |at| {
-                let (store, version) = (store.clone(), version.clone());
-                async move {
-                    read(&*store, b"big", &version, size, at * 3000..at * 3000 + 3000).await.unwrap();
-                }
-            })
-            .await;
-        eprintln!("2000 gets {:?}", start.elapsed());
-        let start = Instant::now();
-        stream::iter(0..200u64)
-            .for_each_concurrent(16, |at| {
-                let store = store.clone();
-                async move {
-                    store.list(b"small", None, 1).await.unwrap();
-                }
-            })
-            .await;
-        eprintln!("200 lists {:?} {round}", start.elapsed());
-        let tcp = std::fs::read_to_string("/proc/net/tcp").unwrap();
-        eprintln!("sockets {} timewait {}", tcp.lines().count(), tcp.lines().filter(|l| l.contains(" 06 ")).count());
-    }
 }

@@ -25,7 +25,7 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use parking_lot::Mutex;
-use tokio::{net::TcpStream, sync::watch};
+use tokio::{io::DuplexStream, sync::watch};
 use tonic::{Code, Request, Response, Status};
 use tower::Service;
 
@@ -110,7 +110,7 @@ impl Names {
         Ok(self.generation.fetch_max(generation, Ordering::SeqCst).max(generation))
     }
 
-    pub(crate) async fn serve(self: Arc<Self>, stream: TcpStream) {
+    pub(crate) async fn serve(self: Arc<Self>, stream: DuplexStream) {
         let mut metadata = MetadataServer::from_arc(self.clone());
         let mut control = ControlServer::from_arc(self);
         type Reply = BoxFuture<'static, Result<hyper::Response<tonic::body::Body>, Infallible>>;

@@ -21,7 +21,7 @@ use forebay_protocol::{
 };
 use parking_lot::Mutex;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::{mpsc, watch},
     task::{AbortHandle, JoinSet},
@@ -174,7 +174,28 @@ async fn serve(mut stream: TcpStream, state: Arc<State>) {
             let _open = Open(state.clone());
             let _ = data(stream, state).await;
         }
-        ConnectionPurpose::Control => state.names.clone().serve(stream).await,
+        ConnectionPurpose::Control => {
+            // The services behind a relay, which stands still while the worker is frozen.
+            let (near, far) = tokio::io::duplex(64 << 10);
+            let (from_client, to_client) = stream.into_split();
+            let (from_service, to_service) = tokio::io::split(near);
+            tokio::select! {
+                () = relay(&state, from_client, to_service) => {}
+                () = relay(&state, from_service, to_client) => {}
+                () = state.names.clone().serve(far) => {}
+            }
+        }
+    }
+}
+
+async fn relay(state: &State, mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin) {
+    let mut buffer = vec![0; 16 << 10];
+    loop {
+        let Ok(read) = from.read(&mut buffer).await else { return };
+        state.thawed().await;
+        if read == 0 || to.write_all(&buffer[..read]).await.is_err() {
+            return;
+        }
     }
 }
 

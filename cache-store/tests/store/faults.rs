@@ -1,16 +1,14 @@
 //! One test per thing that happens to cache directories.
 
-mod support;
-
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::support::*;
 use forebay_cache_store::{
     ChunkStore, DatasetPolicy, OpenError, PinError, Policy, ReadError, Refusal, StoreOptions, Tuning, WriteError,
 };
 use forebay_protocol::{BLOCK_SIZE, CHUNK_SIZE, ChunkKey, DatasetId, FileIdentity};
-use support::*;
 
 #[test]
 fn what_is_written_comes_back_after_a_restart() {

@@ -1,14 +1,12 @@
 //! A real file system that is full or read-only: a small tmpfs. Needs the right to mount.
 
-mod support;
-
 use std::path::Path;
 use std::time::Duration;
 
+use crate::support::*;
 use forebay_cache_store::{Tuning, WriteError};
 use forebay_protocol::BLOCK_SIZE;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount};
-use support::*;
 
 struct Tmpfs(tempfile::TempDir);
 

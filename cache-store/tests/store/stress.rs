@@ -1,13 +1,11 @@
 //! Many threads fill, read, drop, damage and pin the same chunks.
 
-mod support;
-
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::support::*;
 use forebay_cache_store::{DatasetPolicy, Policy, Tuning, WriteError};
 use forebay_protocol::BLOCK_SIZE;
-use support::*;
 
 #[test]
 fn concurrent_use_gives_right_bytes_and_sums() {
