@@ -80,13 +80,13 @@ pub(crate) const ONE_VOLUME: Rule =
     ("has(self.hostPath) != has(self.emptyDir)", "must have exactly one of hostPath and emptyDir");
 pub(crate) const WATERMARKS: Rule = ("self.lowPercent < self.highPercent", "lowPercent must be below highPercent");
 
-/// [`LABEL`].
+/// `LABEL`.
 pub fn is_label(name: &str) -> bool {
     let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
     (1..=MAX_LABEL).contains(&name.len()) && name.bytes().all(inner) && !name.starts_with('-') && !name.ends_with('-')
 }
 
-/// [`SUBDOMAIN`]. A label within it may be longer than [`MAX_LABEL`], as in Kubernetes.
+/// `SUBDOMAIN`. A label within it may be longer than [`MAX_LABEL`], as in Kubernetes.
 pub fn is_subdomain(name: &str) -> bool {
     let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
     name.len() <= 253
@@ -100,7 +100,7 @@ fn is_component(name: &str) -> bool {
     !name.is_empty() && name != "." && name != ".." && !name.contains('\0')
 }
 
-/// [`PATH`].
+/// `PATH`.
 pub fn is_path(path: &str) -> bool {
     path == "/"
         || path.len() <= MAX_PATH
@@ -109,17 +109,17 @@ pub fn is_path(path: &str) -> bool {
                 .is_some_and(|rest| rest.split('/').all(|c| is_component(c) && c.len() <= MAX_PATH_COMPONENT))
 }
 
-/// [`HOST_PATH`].
+/// `HOST_PATH`.
 pub fn is_host_path(path: &str) -> bool {
     path.len() <= MAX_PATH && path.strip_prefix('/').is_some_and(|rest| rest.split('/').all(is_component))
 }
 
-/// [`URI_SCHEME`].
+/// `URI_SCHEME`.
 pub fn is_uri_of_known_scheme(uri: &str) -> bool {
     uri.starts_with("s3://") || uri.starts_with("file://")
 }
 
-/// [`URI_S3`]: a well-formed `s3://` URI, or one of another scheme.
+/// `URI_S3`: a well-formed `s3://` URI, or one of another scheme.
 pub fn is_s3_uri_well_formed(uri: &str) -> bool {
     let Some(rest) = uri.strip_prefix("s3://") else {
         return true;
@@ -132,7 +132,7 @@ pub fn is_s3_uri_well_formed(uri: &str) -> bool {
     bucket_ok && prefix_ok
 }
 
-/// [`URI_FILE`]: a well-formed `file://` URI, or one of another scheme.
+/// `URI_FILE`: a well-formed `file://` URI, or one of another scheme.
 pub fn is_file_uri_well_formed(uri: &str) -> bool {
     let Some(path) = uri.strip_prefix("file://") else {
         return true;
@@ -141,12 +141,12 @@ pub fn is_file_uri_well_formed(uri: &str) -> bool {
     path.strip_prefix('/').is_some_and(|path| path.split('/').all(is_component))
 }
 
-/// [`URI_PLAIN`].
+/// `URI_PLAIN`.
 pub fn is_uri_plain(uri: &str) -> bool {
     !uri.contains(|c: char| "?#%\\".contains(c) || c.is_ascii_control()) && !uri.ends_with(' ')
 }
 
-/// [`ENDPOINT`].
+/// `ENDPOINT`.
 pub fn is_endpoint(url: &str) -> bool {
     let Some(rest) = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://")) else {
         return false;
@@ -167,7 +167,7 @@ pub fn is_endpoint(url: &str) -> bool {
     host_ok && port_ok
 }
 
-/// [`REGION`].
+/// `REGION`.
 pub fn is_region(region: &str) -> bool {
     (1..=64).contains(&region.len())
         && region.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')

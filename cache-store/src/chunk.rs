@@ -201,7 +201,7 @@ impl Chunk {
             return Err(WriteError::Shape("number of checksums"));
         }
         let _entered = self.shared.enter()?;
-        self.ensure_body()?;
+        self.ensure_body(bytes.len() as u64)?;
         let Some(claim) = self.claim(first, count)? else { return Ok(()) };
         let result = self.store(&claim, first, bytes, checksums);
         if result.is_err() {
@@ -279,15 +279,15 @@ impl Chunk {
         self.replace(epoch, &blocks);
     }
 
-    /// Makes the file of a chunk that has none. The name's stripe is held.
-    pub(crate) fn create_body(&self) -> Result<(), WriteError> {
+    /// Makes the file of a chunk that has none, if it and so many bytes of blocks fit. The name's stripe is held.
+    pub(crate) fn create_body(&self, first_write: u64) -> Result<(), WriteError> {
         if self.state.lock().body.is_some() {
             return Ok(());
         }
         if self.is_detached() {
             return Err(WriteError::Gone);
         }
-        let (file, order) = self.shared.create(self.slot, self.key, &self.header, &self.layout)?;
+        let (file, order) = self.shared.create(self.slot, self.key, &self.header, &self.layout, first_write)?;
         let mut state = self.state.lock();
         state.checksums = vec![0; self.layout.blocks as usize];
         state.body = Some(Body { file: Arc::new(file), order });
@@ -350,21 +350,17 @@ impl Chunk {
         Ok(len.div_ceil(BLOCK_SIZE) as u32)
     }
 
-    fn ensure_body(&self) -> Result<(), WriteError> {
+    fn ensure_body(&self, first_write: u64) -> Result<(), WriteError> {
         if self.state.lock().body.is_some() {
             return Ok(());
         }
         let _name = self.shared.stripe(self.name);
-        self.create_body()
+        self.create_body(first_write)
     }
 
     /// Takes what can be written of the blocks; `None` when there is nothing to do.
     fn claim(&self, first: u32, count: u32) -> Result<Option<Claim>, WriteError> {
         let mut state = self.state.lock();
-        if self.is_detached() || state.replacing {
-            return Err(WriteError::Gone);
-        }
-        let Some(body) = state.body.clone() else { return Err(WriteError::Gone) };
         let mut blocks = BlockSet::new(self.layout.blocks);
         for block in (first..first + count).filter(|b| !state.valid.contains(*b) && !state.writing.contains(*b)) {
             blocks.insert(block);
@@ -372,6 +368,10 @@ impl Chunk {
         if blocks.is_empty() {
             return Ok(None);
         }
+        if self.is_detached() || state.replacing {
+            return Err(WriteError::Gone);
+        }
+        let Some(body) = state.body.clone() else { return Err(WriteError::Gone) };
         state.writing.insert_all(&blocks);
         let bytes = self.layout.bytes_in(&blocks);
         Ok(Some(Claim { blocks, bytes, body, epoch: state.epoch }))

@@ -37,6 +37,8 @@ struct State {
     pressure: bool,
     forgotten: bool,
     superseded: VecDeque<(Instant, FileIdentity)>,
+    /// Since when the directory is gone.
+    lost: Option<Instant>,
 }
 
 impl Signals {
@@ -254,14 +256,18 @@ impl Shared {
         let Some(root) = self.root() else { return };
         let Some(loss) = root.loss() else { return };
         let path = root.path().to_owned();
-        let problem = format!("cache directory {} was removed", path.display());
-        if self.disk.problem().as_ref() != Some(&problem) {
+        let since = *self.signals.state.lock().lost.get_or_insert_with(|| {
             tracing::warn!(path = %path.display(), "the cache directory was removed; nothing is cached meanwhile");
-        }
-        self.disk.set_lost(Some(problem));
+            Instant::now()
+        });
+        self.disk.set_lost(Some(format!("cache directory {} was removed", path.display())));
         for name in self.catalog.select(|name, _| Some(name)) {
             let _name = self.stripe(name);
             self.vanish(name, None);
+        }
+        // Whoever is removing it shall not find it growing again.
+        if since.elapsed() < self.tuning.tick {
+            return;
         }
         let remade = match loss {
             Loss::Chunks => root.make_chunks().map_err(|error| error.to_string()),
@@ -274,6 +280,7 @@ impl Shared {
         match remade {
             Ok(()) => {
                 self.disk.set_lost(None);
+                self.signals.state.lock().lost = None;
                 tracing::info!(path = %path.display(), "the cache directory was made again");
             }
             Err(reason) => {

@@ -68,20 +68,24 @@ impl Shared {
         }
     }
 
-    /// Makes a chunk's file, and its entry with the given place in the order.
+    /// Makes a chunk's file and its entry; refuses if these and `first_write` bytes of blocks would not fit.
     pub(crate) fn create(
         &self,
         slot: u32,
         key: ChunkKey,
         header: &Header,
         layout: &Layout,
+        first_write: u64,
     ) -> Result<(File, u64), WriteError> {
         let name = Name::from(key);
         let root = self.root().ok_or(Refusal::Closed)?;
-        if !self.catalog.ledger(|ledger| ledger.account(slot).is_some_and(|account| account.served)) {
-            return Err(self.refused(slot, Refusal::Dataset).into());
-        }
         let overhead = layout.overhead();
+        // A place that a pinned chunk keeps is paid for.
+        let kept = self.catalog.get(name).is_some_and(|entry| entry.has(PINNED));
+        let wanted = if kept { 0 } else { u64::from(overhead) + first_write };
+        if let Err(refusal) = self.catalog.ledger(|ledger| ledger.would_admit(slot, wanted)) {
+            return Err(self.refused(slot, refusal).into());
+        }
         if let Err(refusal) = self.disk.admit(&root, u64::from(overhead)) {
             return Err(self.refused(slot, refusal).into());
         }
@@ -177,6 +181,10 @@ impl Shared {
             return;
         }
         tracing::warn!(file = %chunk.key().file, chunk = chunk.key().index, "a cache file was deleted by somebody");
+        // Another file may have the name now: the catalog does not know it.
+        if let Some(Err(error)) = self.root().map(|root| root.unlink_chunk(chunk.key())) {
+            tracing::warn!(file = %chunk.key().file, chunk = chunk.key().index, %error, "cannot delete a cache file");
+        }
         self.discard(name, Some(order));
         chunk.detach();
         self.catalog.clear_live(name, chunk);

@@ -424,7 +424,7 @@ impl ChunkStore {
         let live = shared.catalog.live(name);
         if shared.catalog.get(name).is_none() {
             let chunk = live.as_ref().filter(|chunk| !chunk.is_detached()).ok_or(PinError::Absent)?;
-            match chunk.create_body() {
+            match chunk.create_body(0) {
                 Ok(()) => {}
                 Err(WriteError::Refused(refusal)) if needs_room(&refusal) => {
                     let full = chunk.size() + u64::from(chunk.layout().overhead());

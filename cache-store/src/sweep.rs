@@ -5,6 +5,7 @@
 //! is left alone: opening it did the same. Blocks are not verified here but at their first use.
 
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use forebay_protocol::ChunkKey;
 
@@ -12,6 +13,8 @@ use crate::catalog::Name;
 use crate::files::Load;
 use crate::root::{DIRECTORIES, Root};
 use crate::shared::Shared;
+
+const FLUSH_DEADLINE: Duration = Duration::from_secs(10);
 
 impl Shared {
     /// The sweep thread's body.
@@ -26,6 +29,10 @@ impl Shared {
                 if self.stopping() {
                     return;
                 }
+            }
+            // What was found, pins among it, shall not have to be found again.
+            if let Err(reason) = self.index.flush(FLUSH_DEADLINE) {
+                tracing::warn!(reason, "the rebuilt cache index is not written yet");
             }
             if complete {
                 self.unswept.store(false, Ordering::Release);

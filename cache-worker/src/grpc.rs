@@ -22,7 +22,7 @@ use futures::Stream;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
-    sync::mpsc,
+    sync::{OwnedSemaphorePermit, mpsc},
     time::timeout,
 };
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
@@ -36,7 +36,7 @@ use tower::Service;
 use tracing::warn;
 
 use self::{control::ControlService, metadata::MetadataService};
-use crate::{dataset::Dataset, worker::Worker};
+use crate::{dataset::Dataset, listener::ControlSocket, worker::Worker};
 
 /// Calls at once on one connection, streams included.
 const STREAMS: u32 = 256;
@@ -51,10 +51,10 @@ const CALL: Duration = Duration::from_secs(60);
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// Serves control connections until the worker stops.
-pub(crate) async fn serve(worker: Arc<Worker>, sockets: mpsc::Receiver<io::Result<TcpStream>>) {
+pub(crate) async fn serve(worker: Arc<Worker>, sockets: mpsc::Receiver<ControlSocket>) {
     let counted = worker.clone();
     let incoming = ReceiverStream::new(sockets)
-        .map(move |socket| socket.map(|socket| CountedSocket::new(socket, counted.clone())));
+        .map(move |accepted| Ok::<_, io::Error>(CountedSocket::new(accepted, counted.clone())));
     let services = Services {
         metadata: MetadataServer::new(MetadataService::new(worker.clone())).max_decoding_message_size(MAX_MESSAGE),
         control: ControlServer::new(ControlService::new(worker.clone())).max_decoding_message_size(MAX_MESSAGE),
@@ -105,13 +105,15 @@ impl Service<HttpRequest> for Services {
 /// A socket that counts as a control connection while it is open.
 struct CountedSocket {
     socket: TcpStream,
+    _place: OwnedSemaphorePermit,
     worker: Arc<Worker>,
 }
 
 impl CountedSocket {
-    fn new(socket: TcpStream, worker: Arc<Worker>) -> Self {
+    fn new(accepted: ControlSocket, worker: Arc<Worker>) -> Self {
         worker.metrics.control_connections.inc();
-        Self { socket, worker }
+        let ControlSocket { socket, place } = accepted;
+        Self { socket, _place: place, worker }
     }
 }
 

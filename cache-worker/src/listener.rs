@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use rustix::net::sockopt;
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     time::sleep,
 };
 use tracing::{debug, warn};
@@ -50,8 +50,15 @@ impl Quiet {
     }
 }
 
+/// A control connection whose handshake is done.
+pub(crate) struct ControlSocket {
+    pub(crate) socket: TcpStream,
+    /// Its place among the connections.
+    pub(crate) place: OwnedSemaphorePermit,
+}
+
 /// Accepts until the worker stops. Control connections go to `control`.
-pub(crate) async fn run(worker: Arc<Worker>, listener: TcpListener, control: mpsc::Sender<io::Result<TcpStream>>) {
+pub(crate) async fn run(worker: Arc<Worker>, listener: TcpListener, control: mpsc::Sender<ControlSocket>) {
     let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
     let connections = Arc::new(Semaphore::new(CONNECTIONS));
     let quiet = Arc::new(Quiet::default());
@@ -68,7 +75,7 @@ pub(crate) async fn run(worker: Arc<Worker>, listener: TcpListener, control: mps
                 continue;
             }
         };
-        let (Ok(handshake), Ok(connection)) =
+        let (Ok(handshake), Ok(place)) =
             (handshakes.clone().try_acquire_owned(), connections.clone().try_acquire_owned())
         else {
             worker.metrics.connections_refused.inc();
@@ -90,10 +97,11 @@ pub(crate) async fn run(worker: Arc<Worker>, listener: TcpListener, control: mps
                     task.metrics.data_connections.inc();
                     data::serve(task.clone(), socket).await;
                     task.metrics.data_connections.dec();
+                    drop(place);
                 }
                 // A full queue is a server that does not come to accept: the client tries another worker.
                 Ok(ConnectionPurpose::Control) => {
-                    if control.try_send(Ok(socket)).is_err() {
+                    if control.try_send(ControlSocket { socket, place }).is_err() {
                         task.metrics.connections_refused.inc();
                     }
                 }
@@ -104,7 +112,6 @@ pub(crate) async fn run(worker: Arc<Worker>, listener: TcpListener, control: mps
                     }
                 }
             }
-            drop(connection);
         });
     }
 }

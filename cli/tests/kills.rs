@@ -72,6 +72,27 @@ async fn the_daemon_is_killed_a_hundred_times_under_readers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_the_kernel_has_cached_survives_a_takeover() {
+    if !can_mount() {
+        return;
+    }
+    let bench = Bench::start(Setup::default(), fill).await;
+    let reads = || bench.up.status()["mounts"][0]["counters"]["read"].as_u64().unwrap();
+    let path = bench.path("file-1");
+    assert_eq!(content::difference(1, 0, &std::fs::read(&path).unwrap()), None);
+    let before = reads();
+    let pid = bench.up.daemon();
+    support::signal(pid, Signal::KILL);
+    support::eventually("a take-over", Duration::from_secs(20), || bench.up.daemon() != pid);
+    // The successor expires all names, so this asks for the name again, and for nothing else.
+    support::eventually("the expiry", Duration::from_secs(20), || {
+        bench.up.status()["mounts"][0]["counters"]["expired"].as_u64() >= Some(2)
+    });
+    assert_eq!(content::difference(1, 0, &std::fs::read(&path).unwrap()), None);
+    assert_eq!(reads(), before, "pages were dropped by the take-over");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_successor_is_killed_while_it_takes_over() {
     if !can_mount() {
         return;

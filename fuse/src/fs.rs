@@ -21,10 +21,7 @@ mod throttle;
 mod xattr;
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
@@ -59,8 +56,8 @@ const AFTER_DOT: u64 = 1;
 const AFTER_DOTS: u64 = 2;
 const _: () = assert!(FIRST_ID > AFTER_DOTS, "an entry's id is taken for a dot");
 
-/// How long an absent name is remembered that could not be expired.
-const UNFORGETTABLE_TTL: Duration = Duration::from_secs(1);
+/// How long an absent name is remembered at most: it has no record by which it could be expired when changes were missed.
+const ABSENT_TTL: Duration = Duration::from_secs(10);
 /// How often idle readers are dropped.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 /// How often the sums for statfs(2) are asked for.
@@ -152,8 +149,6 @@ pub struct FileSystem<T: Tree> {
     pages: Pages,
     readers: Readers<T::Reader>,
     totals: Mutex<Totals>,
-    /// Whether the kernel can be told to forget names that were never in the table.
-    forgets_absent: AtomicBool,
     complaints: Throttle,
 }
 
@@ -168,7 +163,6 @@ impl<T: Tree> FileSystem<T> {
             pages: Pages::default(),
             readers: Readers::new(),
             totals: Mutex::default(),
-            forgets_absent: AtomicBool::new(true),
             complaints: Throttle::default(),
         }
     }
@@ -180,17 +174,7 @@ impl<T: Tree> FileSystem<T> {
 
     /// How long the kernel may remember that a name does not exist.
     pub fn absent_ttl(&self) -> Duration {
-        if self.forgets_absent.load(Ordering::Relaxed) {
-            self.options.ttl
-        } else {
-            self.options.ttl.min(UNFORGETTABLE_TTL)
-        }
-    }
-
-    /// Kernels before 6.16 cannot expire all entries at once, and an absent name has no record by which it could be
-    /// invalidated: it is remembered for a second only.
-    pub fn set_forgets_absent(&self, can: bool) {
-        self.forgets_absent.store(can, Ordering::Relaxed);
+        self.options.ttl.min(ABSENT_TTL)
     }
 
     /// The counters that survive.

@@ -4,6 +4,9 @@
 //! thread ([`deliver`]) tells the kernel. Invariants:
 //! - only names and directories are invalidated, never a file's pages: a changed file is another node, and a
 //!   notification that drops pages waits for reads that wait for the daemon;
+//! - names expire, they are not dropped: the kernel looks them up again, and keeps the pages of what is still the same
+//!   node. (An epoch step would expire all of them at once, but from Linux 6.18 on it also prunes what is unused, and
+//!   with it the pages of the whole data set.)
 //! - a name is invalidated before the listing of its directory. The first waits (on the directory's lock in the kernel)
 //!   for look-ups and listings that were answered before the change; so nothing old enters the cache after the second.
 
@@ -19,22 +22,18 @@ use crate::{
     tree::{Change, Tree},
 };
 
-/// More names than this in one directory are cheaper to expire than to name: one notification is a system call and a
-/// lock, about 2 us.
+/// More names than this are not kept in the queue, but looked up in the node table when their turn comes.
 const MAX_NAMES: usize = 1_000;
 /// A name that no entry has: invalidating it waits for the directory's lock and does nothing else.
 const BARRIER: &[u8] = b".";
 
 /// The kernel's caches of one mount.
 pub trait KernelCache: Send + 'static {
-    /// Forgets a name, present or absent. A name or directory that is not cached is fine.
+    /// Expires a name, present or absent. A name or directory that is not cached is fine.
     fn entry(&self, directory: u64, name: &[u8]) -> io::Result<()>;
 
     /// Forgets the listing and the attributes of a directory.
     fn listing(&self, directory: u64) -> io::Result<()>;
-
-    /// Forgets all names at once; `false` when this kernel cannot.
-    fn all_entries(&self) -> io::Result<bool>;
 }
 
 /// Turns changes into notices until the changes end.
@@ -99,16 +98,9 @@ impl<K: KernelCache> Delivery<'_, K> {
         }
     }
 
-    /// Expires all names, or at least those of one directory.
+    /// Expires all known names, or those of one directory. Absent names expire by themselves, soon.
     fn expire(&self, directory: Option<u64>) {
-        match self.kernel.all_entries() {
-            Ok(true) => {
-                self.counters.add(Counter::Expired, 1);
-                return;
-            }
-            Ok(false) => {}
-            Err(error) => tracing::debug!(%error, "names could not be expired"),
-        }
+        self.counters.add(Counter::Expired, 1);
         for (_, node) in self.nodes.iter() {
             if directory.is_none_or(|directory| directory == node.parent) {
                 self.entry(node.parent, &node.name);
@@ -147,7 +139,6 @@ mod tests {
 
     #[derive(Default)]
     struct Recorder {
-        epochs: bool,
         log: Mutex<Vec<String>>,
     }
 
@@ -160,11 +151,6 @@ mod tests {
         fn listing(&self, directory: u64) -> io::Result<()> {
             self.log.lock().push(format!("listing {directory}"));
             Ok(())
-        }
-
-        fn all_entries(&self) -> io::Result<bool> {
-            self.log.lock().push("all".to_owned());
-            Ok(self.epochs)
         }
     }
 
@@ -180,7 +166,7 @@ mod tests {
     }
 
     impl Rig {
-        fn new(epochs: bool) -> Self {
+        fn new() -> Self {
             let tree = MemoryTree::new();
             let tables = Tables {
                 nodes: Arc::new(NodeTable::create(1 << 20).unwrap()),
@@ -190,7 +176,7 @@ mod tests {
             let notices = Arc::new(Notices::new());
             let options = Options { ttl: std::time::Duration::from_secs(1), directory_time_ns: 0 };
             let fs = Arc::new(FileSystem::new(tree.clone(), tables, notices.clone(), options));
-            Self { tree, fs, notices, kernel: Recorder { epochs, ..Recorder::default() } }
+            Self { tree, fs, notices, kernel: Recorder::default() }
         }
 
         /// Changes that were announced so far, as the kernel hears of them.
@@ -215,7 +201,7 @@ mod tests {
 
     #[tokio::test]
     async fn names_then_the_listing() {
-        let rig = Rig::new(true);
+        let rig = Rig::new();
         rig.tree.put(&path("/d/f"), Contents::Given(Bytes::new())).unwrap();
         // Nobody looked at it: the kernel knows only the root.
         let log = rig.settle(|tree| drop(tree.put(&path("/d/g"), Contents::Given(Bytes::new())))).await;
@@ -228,31 +214,30 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn too_many_names_expire_all() {
+    async fn too_many_names_expire_what_is_known_of_the_directory() {
         let names = || (0..=MAX_NAMES).map(|number| Bytes::from(format!("n{number}"))).collect::<Vec<_>>();
         for names in [Vec::new(), names()] {
-            let rig = Rig::new(true);
-            let change = Change::Names { directory: path("/"), names };
-            assert_eq!(rig.settle(|tree| tree.announce(change)).await, ["all", "1/.", "listing 1"]);
-        }
-    }
-
-    #[tokio::test]
-    async fn everything_with_and_without_epochs() {
-        for epochs in [true, false] {
-            let rig = Rig::new(epochs);
+            let rig = Rig::new();
             rig.tree.put(&path("/d/f"), Contents::Given(Bytes::new())).unwrap();
             rig.tree.put(&path("/e"), Contents::Given(Bytes::new())).unwrap();
             let d = rig.fs.lookup(1, b"d").await.unwrap().unwrap().id;
             rig.fs.lookup(d, b"f").await.unwrap().unwrap();
             rig.fs.lookup(1, b"e").await.unwrap().unwrap();
-            let log = rig.settle(|tree| tree.announce(Change::Everything)).await;
-            let mut expected = vec!["all".to_owned()];
-            if !epochs {
-                expected.extend(["1/d".to_owned(), format!("{d}/f"), "1/e".to_owned()]);
-            }
-            expected.extend(["1/.".to_owned(), "listing 1".to_owned(), format!("{d}/."), format!("listing {d}")]);
-            assert_eq!(log, expected);
+            let change = Change::Names { directory: path("/"), names };
+            assert_eq!(rig.settle(|tree| tree.announce(change)).await, ["1/d", "1/e", "1/.", "listing 1"]);
         }
+    }
+
+    #[tokio::test]
+    async fn everything_is_every_known_name_and_listing() {
+        let rig = Rig::new();
+        rig.tree.put(&path("/d/f"), Contents::Given(Bytes::new())).unwrap();
+        rig.tree.put(&path("/e"), Contents::Given(Bytes::new())).unwrap();
+        let d = rig.fs.lookup(1, b"d").await.unwrap().unwrap().id;
+        rig.fs.lookup(d, b"f").await.unwrap().unwrap();
+        rig.fs.lookup(1, b"e").await.unwrap().unwrap();
+        let log = rig.settle(|tree| tree.announce(Change::Everything)).await;
+        let expected = ["1/d", &format!("{d}/f"), "1/e", "1/.", "listing 1", &format!("{d}/."), &format!("listing {d}")];
+        assert_eq!(log, expected);
     }
 }

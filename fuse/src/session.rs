@@ -6,17 +6,13 @@
 //! session reads from, and what a dead predecessor had taken is asked for again.
 
 use std::{
-    ffi::OsStr,
     io,
-    os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
-        unix::ffi::OsStrExt,
-    },
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     sync::Arc,
     thread::JoinHandle,
 };
 
-use forebay_keeper::{notify_inc_epoch, notify_resend};
+use forebay_keeper::{notify_expire_entry, notify_resend};
 use fuser::{Config, INodeNo, Session, SessionACL};
 use rustix::{
     io::DupFlags,
@@ -59,16 +55,16 @@ pub struct SessionCache {
 
 impl KernelCache for SessionCache {
     fn entry(&self, directory: u64, name: &[u8]) -> io::Result<()> {
-        self.notifier.inval_entry(INodeNo(directory), OsStr::from_bytes(name))
+        match notify_expire_entry(&self.fuse, directory, name) {
+            // Not cached: nothing to forget.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            done => done,
+        }
     }
 
     fn listing(&self, directory: u64) -> io::Result<()> {
         // From offset 0 with no length: all of it.
         self.notifier.inval_inode(INodeNo(directory), 0, 0)
-    }
-
-    fn all_entries(&self) -> io::Result<bool> {
-        notify_inc_epoch(&self.fuse)
     }
 }
 
@@ -94,12 +90,8 @@ pub fn attach<T: Tree>(
     put_under(&fuse, &session)?;
     drop(near);
     let cache = SessionCache { notifier: session.notifier(), fuse };
-    if first {
-        // Nothing is cached, so this only finds out whether the kernel can.
-        fs.set_forgets_absent(cache.all_entries()?);
-    } else {
+    if !first {
         notify_resend(&cache.fuse)?;
-        fs.set_forgets_absent(cache.all_entries()?);
         notices.everything();
     }
     run(fs, session, cache, notices)

@@ -31,7 +31,7 @@ use crate::handover::socket::{self, Received};
 use crate::handover::{Role, ToDaemon, ToKeeper, WireError};
 use crate::tables::{AttachError, Counters, NodeTable, OpenTable};
 
-pub use crate::notify::{notify_inc_epoch, notify_resend};
+pub use crate::notify::{notify_expire_entry, notify_resend};
 
 /// How often a daemon says that it makes progress.
 pub const HEARTBEAT: Duration = Duration::from_millis(200);

@@ -35,4 +35,4 @@ pub use keeper::{
     DaemonStatus, Event, Keeper, KeeperError, KeeperOptions, KeeperStatus, LossCause, VolumeState, VolumeStatus,
 };
 pub use mount::{MountError, MountInfo, MountMode, MountSpec};
-pub use notify::{notify_inc_epoch, notify_resend};
+pub use notify::{notify_expire_entry, notify_resend};

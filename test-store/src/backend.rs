@@ -1,7 +1,8 @@
 //! Buckets and objects: an index in memory before `s3s-fs`.
 //!
-//! Every put writes a new object of `s3s-fs` under a running number, and the index maps keys to them. So any key can be
-//! held, an overwritten object keeps its bytes for those who read it, and listings come from the index. Lock order: only
+//! Every put writes a new object of `s3s-fs` under a running number, and the index maps keys to them. So any key can
+//! be held, an overwritten object keeps its bytes for those who read it, and listings come from the index. Lock order:
+//! only
 //! `buckets`, never held over an await.
 
 use std::{
@@ -34,8 +35,8 @@ use crate::index::{Cursor, Keys, Line, list};
 /// Fills a buffer with the bytes of a virtual object from an offset on.
 pub type Generator = Arc<dyn Fn(u64, &mut [u8]) + Send + Sync>;
 
-/// Bytes of a body that are read at a time: large enough that a request is bound by copying, not by its pieces (`s3s-fs`
-/// reads 4 KiB).
+/// Bytes of a body that are read at a time: large enough that a request is bound by copying, not by its pieces
+/// (`s3s-fs` reads 4 KiB).
 const PIECE: u64 = 256 * 1024;
 /// Most lines of a page, as on S3.
 const MAX_KEYS: i32 = 1000;

@@ -57,8 +57,8 @@ pub(crate) struct Listing<T> {
     pub(crate) next: Option<Cursor>,
 }
 
-/// Lists at most `max` lines of `keys` under `prefix`. As on S3, a common prefix counts as one line, and one of whose keys
-/// some lie after a key to start after is listed again.
+/// Lists at most `max` lines of `keys` under `prefix`. As on S3, a common prefix counts as one line, and one of whose
+/// keys some lie after a key to start after is listed again.
 pub(crate) fn list<T>(
     keys: &Keys<T>,
     prefix: &[u8],

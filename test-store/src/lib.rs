@@ -1,7 +1,7 @@
 //! An S3 server in process, on 127.0.0.1, for tests and the demo.
 //!
-//! The protocol is somebody else's: `s3s` (HTTP, SigV4, XML) and `s3s-fs` (objects in a folder). Around them stand what
-//! 0.14.1 lacks and what tests need:
+//! The protocol is somebody else's: `s3s` (HTTP, SigV4, XML) and `s3s-fs` (objects in a folder). Around them stand
+//! what 0.14.1 lacks and what tests need:
 //!
 //! - `backend`: If-Match and the other conditions on GET and HEAD, ETags in listings, exact listings (delimiter,
 //!   start-after, continuation tokens, max-keys, encoding-type=url) over an index in memory, keys that no file system
@@ -37,8 +37,8 @@ pub use self::{
 pub struct Options {
     /// Added before each request is answered.
     pub latency: Duration,
-    /// Where the objects go: a folder of its own is made in it, and removed at the end. Default: the system's place for
-    /// temporary files.
+    /// Where the objects go: a folder of its own is made in it, and removed at the end. Default: the system's place
+    /// for temporary files.
     pub dir: Option<PathBuf>,
 }
 

@@ -1,4 +1,5 @@
-//! The suite that every backend passes. A backend gives a [`Fixture`]; [`run`] panics at the first thing that is wrong.
+//! The suite that every backend passes. A backend gives a [`Fixture`]; [`run`] panics at the first thing that is
+//! wrong.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "this is a test")]
 
 use std::{collections::BTreeMap, ops::Range, sync::Arc};

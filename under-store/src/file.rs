@@ -6,11 +6,11 @@
 //!
 //! Invariants:
 //! - Nothing outside the root is opened, whatever symlinks say and whoever renames meanwhile ([`beneath`]).
-//! - A version is mtime, ctime, size and inode; bytes are given out only when the file was that version before and after
-//!   they were read. Not seen: a change within one tick of the file system's clock that keeps the size, and writes through
-//!   a mapping that has not been synchronised.
-//! - A call that hangs (a network file system that is away) ends by its deadline; its thread goes on to count as a request
-//!   until it returns, so no more threads hang than requests are allowed.
+//! - A version is mtime, ctime, size and inode; bytes are given out only when the file was that version before and
+//!   after they were read. Not seen: a change within one tick of the file system's clock that keeps the size, and
+//!   writes through a mapping that has not been synchronised.
+//! - A call that hangs (a network file system that is away) ends by its deadline; its thread goes on to count as a
+//!   request until it returns, so no more threads hang than requests are allowed.
 //!
 //! The root is opened by each call: it may be mounted after this program starts, or again.
 

@@ -1,8 +1,9 @@
-//! One trait over the stores that hold the data: conditional range reads, paged listings, errors by what the caller can
-//! do.
+//! One trait over the stores that hold the data: conditional range reads, paged listings, errors by what the caller
+//! can do.
 //!
 //! [`open`] gives the store of a [`SourceSpec`]. Backends: `s3` and `file`. What they share: `limits` (concurrency,
-//! rate, bytes in flight) and `patience` (deadline, back-off). `conformance` (behind a feature) is the suite that each of them passes.
+//! rate, bytes in flight) and `patience` (deadline, back-off). `conformance` (behind a feature) is the suite that each
+//! of them passes.
 
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
@@ -25,8 +26,8 @@ pub use self::{
 };
 use self::{file::FileStore, s3::S3Store, source::Location};
 
-/// The store at `spec`: `s3://bucket/prefix/` or `file:///dir`. Nothing is asked of it yet: a store that is away when this
-/// is called may be there when it is needed.
+/// The store at `spec`: `s3://bucket/prefix/` or `file:///dir`. Nothing is asked of it yet: a store that is away when
+/// this is called may be there when it is needed.
 pub fn open(spec: &SourceSpec, limits: &Limits) -> Result<Arc<dyn UnderStore>, StoreError> {
     limits.validate()?;
     match Location::parse(spec)? {

@@ -1,8 +1,8 @@
 //! How long a call waits for its store, and when it tries again.
 //!
-//! A call has one [`Patience`]: its deadline, spent by waiting for the store, for the limits and between attempts, but not
-//! by a reader who takes his time with a body. Attempts are not counted: the deadline ends them, and the back-off keeps
-//! them rare (full jitter: <https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/>).
+//! A call has one [`Patience`]: its deadline, spent by waiting for the store, for the limits and between attempts, but
+//! not by a reader who takes his time with a body. Attempts are not counted: the deadline ends them, and the back-off
+//! keeps them rare (full jitter: <https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/>).
 
 use std::time::Duration;
 

@@ -1,9 +1,10 @@
 //! S3 and what speaks like it.
 //!
-//! Credentials, signing and the HTTP client are `object_store`'s; the requests are ours. Its own requests go through its
-//! `Path`, which refuses keys that buckets hold (control characters such as a newline, `a//b`, `.`): one such key fails
-//! the whole page of a listing, and an object with a newline in its name cannot be read. It also retries on its own terms
-//! and hides `Retry-After`, which our deadline and limits must rule.
+//! Credentials, signing and the HTTP client are `object_store`'s; the requests are ours. Its own requests go through
+//! its
+//! `Path`, which refuses keys that buckets hold (control characters such as a newline, `a//b`, `.`): one such key
+//! fails the whole page of a listing, and an object with a newline in its name cannot be read. It also retries on its
+//! own terms and hides `Retry-After`, which our deadline and limits must rule.
 //!
 //! Invariants:
 //! - Every GET carries the version as a condition, and the answer's version, size and range are compared all the same:

@@ -11,14 +11,14 @@ use crate::StoreError;
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct SourceSpec {
-    /// `s3://bucket/prefix/`, taken literally as S3 tools do (no percent-encoding), or `file:///dir`, a file URL (RFC 8089,
-    /// percent-encoded where needed).
+    /// `s3://bucket/prefix/`, taken literally as S3 tools do (no percent-encoding), or `file:///dir`, a file URL (RFC
+    /// 8089, percent-encoded where needed).
     pub uri: String,
     /// How to reach an S3 store; for `s3://` only.
     #[serde(default)]
     pub s3: Option<S3Options>,
-    /// For `s3://` only. Without them the environment gives them, as AWS defines it: variables, web identity, container
-    /// and instance credentials.
+    /// For `s3://` only. Without them the environment gives them, as AWS defines it: variables, web identity,
+    /// container and instance credentials.
     #[serde(default)]
     pub credentials: Option<S3Credentials>,
 }

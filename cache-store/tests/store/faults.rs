@@ -147,7 +147,9 @@ fn a_removed_directory_is_made_again() {
         fill(&store, &file);
         let chunk = store.chunk(&file, false).unwrap();
         let extent = chunk.send(0, 3).unwrap();
-        std::fs::remove_dir_all(&what).unwrap();
+        // At once, or the store would make it again under the hands of who removes it.
+        std::fs::rename(&what, temp.path().join("trash")).unwrap();
+        std::fs::remove_dir_all(temp.path().join("trash")).unwrap();
         eventually("the store gives up what it held", || store.totals().chunks == 0);
         assert_eq!(receive(&file, 0, &extent), Some(contents(&file, 0, 3)));
         eventually("the directory is made again", || store.totals().problem.is_none());
@@ -315,11 +317,14 @@ fn a_pin_is_a_guarantee() {
     let fits = |n: usize| files[..n].iter().filter(|file| store.is_pinned(file.key)).count();
     assert_eq!(store.pin(files[0].key, true), Err(PinError::Absent));
     // Full of what is not pinned.
-    for file in &files[10..] {
-        if let Some(chunk) = store.chunk(file, true) {
-            let _ = chunk.write(0, &contents(file, 0, 4), &[]);
+    let crowd = || {
+        for (file, block) in files[10..].iter().flat_map(|file| (0..4).map(move |block| (file, block))) {
+            if let Some(chunk) = store.chunk(file, true) {
+                let _ = chunk.write(block, &contents(file, block, 1), &[]);
+            }
         }
-    }
+    };
+    crowd();
     assert!(store.chunk(&files[0], true).is_none());
     // 8 of 10 fit below the low watermark; each makes its room, and keeps it before it is filled.
     for file in &files[..8] {
@@ -331,11 +336,7 @@ fn a_pin_is_a_guarantee() {
     assert_eq!((refused.wanted, refused.available, refused.limit), (4 * BLOCK_SIZE, 0, capacity * 80 / 100));
     assert!(store.reserve_pin(dataset(), 0).is_ok());
     assert!(matches!(store.pinned_chunk(&files[9]), Err(PinError::Refused(Refusal::Pin(_)))));
-    for file in &files[10..] {
-        if let Some(chunk) = store.chunk(file, true) {
-            let _ = chunk.write(0, &contents(file, 0, 4), &[]);
-        }
-    }
+    crowd();
     files[..8].iter().for_each(|file| fill(&store, file));
     assert!(store.remove(files[0].key).kept_pinned);
     assert_eq!(store.usage(dataset()).pinned_bytes, 8 * 4 * BLOCK_SIZE);

@@ -2,7 +2,6 @@
 
 use std::{future::Future, sync::Arc};
 
-use bytes::Bytes;
 use forebay_cache_store::ChunkSpec;
 use forebay_client::ClientError;
 use forebay_metadata::ScanState;
@@ -139,7 +138,7 @@ impl Control for ControlService {
         };
         // Also what this worker holds without owning it. The walk ends with the caller, or by its own deadlines.
         load::for_chunks(&self.worker, &dataset, &path, |_| true, remove).await?;
-        let freed = freed.lock().clone();
+        let freed = *freed.lock();
         Ok(Response::new(freed))
     }
 
@@ -262,9 +261,9 @@ impl Control for ControlService {
     }
 
     async fn prune(&self, request: Request<PruneRequest>) -> Result<Response<PruneResponse>, Status> {
-        let PruneRequest { dataset, generation, path }: PruneRequest = request.into_inner();
+        let PruneRequest { dataset, generation, path } = request.into_inner();
         let dataset = self.dataset(&dataset)?;
-        let path = path_of(Bytes::from(path))?;
+        let path = path_of(path)?;
         within(async {
             let directories = dataset.index.prune(generation, &path).await.map_err(to_status)?;
             Ok(Response::new(PruneResponse { directories }))

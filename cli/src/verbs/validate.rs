@@ -28,7 +28,7 @@ pub fn validate(global: &Global, args: ValidateArgs) -> anyhow::Result<ExitCode>
     match (global.output, &manifest) {
         (Output::Json, _) => output::json(&json!({
             "valid": errors.is_empty(),
-            "errors": errors.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "errors": errors,
             "runtimes": manifest.as_ref().map_or(0, |manifest| manifest.runtimes.len()),
             "datasets": manifest.as_ref().map_or(0, |manifest| manifest.datasets.len()),
         }))?,

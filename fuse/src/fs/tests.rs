@@ -338,11 +338,3 @@ async fn sums_are_learned_in_the_background() {
     let _ = tokio::time::timeout(Duration::from_secs(1), fs.maintain()).await;
     assert_eq!(fs.statfs(), Statistics { blocks: 2, files: 1 });
 }
-
-#[test]
-fn absent_names_are_kept_as_long_as_they_can_be_forgotten() {
-    let fs = file_system(&MemoryTree::new(), tables());
-    assert_eq!(fs.absent_ttl(), fs.ttl());
-    fs.set_forgets_absent(false);
-    assert_eq!(fs.absent_ttl(), UNFORGETTABLE_TTL);
-}

@@ -46,7 +46,8 @@ fn files_read_as_their_source() {
         let before = rig.counter(Counter::Read);
         let bytes = fs::read(rig.at("big.bin")).unwrap();
         assert!(bytes == expected(1, 0, BIG as usize), "round {round}");
-        assert!(round == 0 || rig.counter(Counter::Read) == before, "a warm read asked the daemon");
+        let asked = rig.counter(Counter::Read) - before;
+        assert!(round == 0 || asked == 0, "{asked} warm reads asked the daemon: {:#?} {}", rig.status(), fs::read_to_string("/proc/vmstat").unwrap());
     }
     assert!(rig.counter(Counter::Read) < BIG / 65_536, "small requests: {}", rig.counter(Counter::Read));
     assert_eq!(rig.counter(Counter::BytesRead), BIG);
@@ -127,9 +128,10 @@ fn names_and_attributes() {
     assert_eq!(errno(fs::metadata(rig.at("small/below"))), libc::ENOTDIR);
     assert_eq!(errno(fs::metadata(rig.at(&"x".repeat(256)))), libc::ENAMETOOLONG);
 
+    // The sums are asked for in the background.
+    rig.wait(|_| rustix::fs::statvfs(rig.root()).unwrap().f_files == 7);
     let statistics = rustix::fs::statvfs(rig.root()).unwrap();
     assert_eq!((statistics.f_bsize, statistics.f_namemax, statistics.f_bavail), (4096, 255, 0));
-    assert_eq!(statistics.f_files, 7);
     assert_eq!(rig.counter(Counter::Errors), 0);
 }
 
@@ -241,11 +243,13 @@ fn a_directory_of_200_000_files() {
     walk(&mut rig, Some(COUNT / 2));
     let first = asked(&rig);
     assert!(first < COUNT / 50, "{first} requests");
-    // A warm walk is the kernel's own, once it could cache a whole listing.
-    walk(&mut rig, None);
-    let second = asked(&rig);
-    walk(&mut rig, None);
-    assert_eq!(asked(&rig), second);
+    // A warm walk is the kernel's own, once a whole listing was cached after the take-over's expiry.
+    let free = (0..5).any(|_| {
+        let before = asked(&rig);
+        walk(&mut rig, None);
+        asked(&rig) == before
+    });
+    assert!(free, "every walk asks the daemon");
     // Attributes came with the names.
     assert!(rig.counter(Counter::Getattr) + rig.counter(Counter::Lookup) < COUNT / 50);
     let mut contents = Vec::new();

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::Bytes;
-use forebay_keeper::daemon::{Attach, DaemonLink, DaemonOptions, Message, Tables, notify_inc_epoch, notify_resend};
+use forebay_keeper::daemon::{Attach, DaemonLink, DaemonOptions, Message, Tables, notify_resend};
 use forebay_keeper::tables::{Counter, NodeKind, OpenMode, RESEND_BIT};
 use forebay_protocol::{FileVersion, VersionKey};
 use fuser::{
@@ -106,10 +106,7 @@ fn serve(attach: Attach) -> Result<(), String> {
     std::thread::sleep(Duration::from_millis(config.attach_delay_ms));
     place(&fuse, session.as_fd().as_raw_fd());
     if !first {
-        if std::process::id() == 0 { notify_resend(&fuse).unwrap(); }
-        if notify_inc_epoch(&fuse).unwrap() {
-            tables.counters.add(Counter::Expired, 1);
-        }
+        notify_resend(&fuse).unwrap();
     }
     drop(fuse);
     std::thread::spawn(move || session.run());

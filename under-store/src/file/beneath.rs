@@ -1,8 +1,8 @@
 //! Opening below a root, and nowhere else.
 //!
 //! The kernel resolves (openat2, `RESOLVE_BENEATH`): no `..`, no symlink and no rename at the wrong moment leads out.
-//! It also refuses absolute symlinks whose target is within the root; for those the real path is looked up first and then
-//! opened by the same rule with no symlink allowed, so that a path that changes in between fails.
+//! It also refuses absolute symlinks whose target is within the root; for those the real path is looked up first and
+//! then opened by the same rule with no symlink allowed, so that a path that changes in between fails.
 
 use std::{ffi::OsStr, fs, os::fd::OwnedFd, os::unix::ffi::OsStrExt, path::Path, path::PathBuf};
 

@@ -2,8 +2,8 @@
 //!
 //! File systems list in no order, and the kind of an entry decides about its place (`d/` comes after `d.`). So a page
 //! reads the whole directory and keeps the [`SCAN`] entries that come first after where it begins: the page, and a
-//! remainder from which the next pages are answered, until the directory changes or [`FRESH`] has passed. A directory of
-//! 200,000 entries is read 7 times for all its pages. Only the files of the page are examined with stat.
+//! remainder from which the next pages are answered, until the directory changes or [`FRESH`] has passed. A directory
+//! of 200,000 entries is read 7 times for all its pages. Only the files of the page are examined with stat.
 
 use std::{
     collections::{BinaryHeap, VecDeque},

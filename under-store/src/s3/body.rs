@@ -20,8 +20,8 @@ use crate::{
     requests::Verb,
 };
 
-/// A connection that brought so much before it broke counts as working: the next pause is a short one again. A store that
-/// breaks every connection earlier is asked ever more rarely.
+/// A connection that brought so much before it broke counts as working: the next pause is a short one again. A store
+/// that breaks every connection earlier is asked ever more rarely.
 const WORKING: u64 = 64 << 10;
 
 /// A range of one version of an object, being read.
@@ -132,8 +132,8 @@ impl Body {
         Ok(Connection { stream: response.into_body().bytes_stream(), received: 0, _grant: grant })
     }
 
-    /// Whether an answer is to the question: another version is a mismatch, whatever the condition; other bytes of the same
-    /// version are a fault of the server that may pass.
+    /// Whether an answer is to the question: another version is a mismatch, whatever the condition; other bytes of the
+    /// same version are a fault of the server that may pass.
     fn check(&self, response: &HttpResponse) -> Result<(), Failure> {
         let name = || self.inner.transport.name(&self.key);
         let fault = |what: &str| Failure::passing(format!("{}: {what}", name()));

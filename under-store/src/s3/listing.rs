@@ -8,7 +8,8 @@ use serde::Deserialize;
 use super::version::State;
 use crate::{Item, ItemKind, Page};
 
-/// Most bytes of an answer: 1,000 keys of 1 KiB, percent-encoded (three times the size), with 1 KiB around each, twice over.
+/// Most bytes of an answer: 1,000 keys of 1 KiB, percent-encoded (three times the size), with 1 KiB around each, twice
+/// over.
 pub(crate) const MAX_REPLY: usize = 8 << 20;
 
 /// A page that is asked for.
@@ -65,8 +66,8 @@ impl Reply {
         Ok(reply)
     }
 
-    /// The page of the directory at `prefix` that follows `after`, and the token to go on with when the store has more.
-    /// The page has a `next` if and only if the store has more and this page got past `after`.
+    /// The page of the directory at `prefix` that follows `after`, and the token to go on with when the store has
+    /// more. The page has a `next` if and only if the store has more and this page got past `after`.
     pub(crate) fn into_page(self, prefix: &[u8], after: Option<&[u8]>, limit: usize) -> (Page, Option<String>) {
         let Self { is_truncated, next_continuation_token, encoding_type, contents, common_prefixes } = self;
         let encoded = encoding_type.is_some_and(|encoding| encoding.eq_ignore_ascii_case("url"));

@@ -1,9 +1,9 @@
 //! What S3 says about an object, and the version key made of it.
 //!
-//! The key is the ETag as sent, with its quotes (some stores leave them out in listings: they are added, so that listing,
-//! HEAD and GET agree). A weak ETag (`W/"..."`) promises nothing about bytes and never satisfies If-Match; without a
-//! strong one the key is `lm:SECONDS:SIZE`, from Last-Modified and size. The two forms cannot be confused: only ETags
-//! begin with a quote.
+//! The key is the ETag as sent, with its quotes (some stores leave them out in listings: they are added, so that
+//! listing, HEAD and GET agree). A weak ETag (`W/"..."`) promises nothing about bytes and never satisfies If-Match;
+//! without a strong one the key is `lm:SECONDS:SIZE`, from Last-Modified and size. The two forms cannot be confused:
+//! only ETags begin with a quote.
 
 use chrono::DateTime;
 use forebay_protocol::{VersionKey, identity::MAX_VERSION_KEY};
