@@ -469,7 +469,8 @@ mod tests {
         drop(database);
         let path = dir.path().join(crate::root::INDEX);
         let good = std::fs::read(&path).unwrap();
-        let damages: [&dyn Fn(&mut Vec<u8>); 5] = [
+        type Damage = dyn Fn(&mut Vec<u8>);
+        let damages: [&Damage; 5] = [
             &|bytes| bytes.truncate(100),
             &|bytes| bytes[0] ^= 1,
             &|bytes| bytes.fill(0x55),

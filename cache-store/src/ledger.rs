@@ -180,6 +180,10 @@ impl Ledger {
     }
 
     fn check(&self, slot: u32, from: Charge, to: Charge) -> Result<(), Refusal> {
+        // First: for a pin that can never be, nobody makes room.
+        if to.pinned > from.pinned {
+            self.would_pin(slot, to.pinned - from.pinned)?;
+        }
         if to.used > from.used {
             let account = self.accounts.get(slot as usize).ok_or(Refusal::Dataset)?;
             if account.forgotten {
@@ -190,9 +194,6 @@ impl Ledger {
                 Err(Refusal::Dataset) => self.fits_tier(to.used - from.used)?,
                 other => other?,
             }
-        }
-        if to.pinned > from.pinned {
-            self.would_pin(slot, to.pinned - from.pinned)?;
         }
         Ok(())
     }

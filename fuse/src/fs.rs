@@ -20,10 +20,7 @@ mod readers;
 mod throttle;
 mod xattr;
 
-use std::{
-    sync::Arc,
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use forebay_keeper::tables::{Counter, Counters, FIRST_ID, Node, NodeKind, NodeTable, OpenMode, OpenTable, TableFull};

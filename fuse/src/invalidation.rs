@@ -237,7 +237,8 @@ mod tests {
         rig.fs.lookup(d, b"f").await.unwrap().unwrap();
         rig.fs.lookup(1, b"e").await.unwrap().unwrap();
         let log = rig.settle(|tree| tree.announce(Change::Everything)).await;
-        let expected = ["1/d", &format!("{d}/f"), "1/e", "1/.", "listing 1", &format!("{d}/."), &format!("listing {d}")];
+        let expected =
+            ["1/d", &format!("{d}/f"), "1/e", "1/.", "listing 1", &format!("{d}/."), &format!("listing {d}")];
         assert_eq!(log, expected);
     }
 }

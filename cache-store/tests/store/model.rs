@@ -91,7 +91,8 @@ struct World {
 
 impl World {
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        // In memory where possible: what is tested is not the disk, and every restart syncs.
+        let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
         let mut world = Self {
             dir,
             store: None,
@@ -355,10 +356,15 @@ impl World {
     }
 }
 
+/// The same cases every time, unless somebody looks for more.
+fn from_environment(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
+}
+
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: 60,
-        rng_seed: RngSeed::Fixed(0x0f0e_bae5),
+        cases: from_environment("FOREBAY_MODEL_CASES", 60) as u32,
+        rng_seed: RngSeed::Fixed(from_environment("FOREBAY_MODEL_SEED", 0x0f0e_bae5)),
         max_shrink_iters: 300,
         failure_persistence: None,
         ..ProptestConfig::default()

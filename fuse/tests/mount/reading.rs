@@ -14,7 +14,7 @@ use std::{
 
 use forebay_keeper::tables::Counter;
 
-use crate::rig::{Line, MOUNTED_AT_NS, Rig, c_path, can_mount, expected, size_of_many};
+use crate::rig::{Line, MOUNTED_AT_NS, Rig, VOLUME, c_path, can_mount, expected, size_of_many};
 
 const BIG: u64 = 20 * 1024 * 1024 + 12_345;
 
@@ -41,16 +41,16 @@ fn files_read_as_their_source() {
         return;
     }
     let rig = Rig::new(&lines());
-    // Sequential, twice: the second time from the page cache alone.
+    // Sequential, twice: the second time from the page cache alone. (Under load the kernel reads a page or two of its
+    // read-ahead again; what it must not do is to read everything.)
     for round in 0..2 {
-        let before = rig.counter(Counter::Read);
+        let before = rig.counter(Counter::BytesRead);
         let bytes = fs::read(rig.at("big.bin")).unwrap();
         assert!(bytes == expected(1, 0, BIG as usize), "round {round}");
-        let asked = rig.counter(Counter::Read) - before;
-        assert!(round == 0 || asked == 0, "{asked} warm reads asked the daemon: {:#?} {}", rig.status(), fs::read_to_string("/proc/vmstat").unwrap());
+        let asked = rig.counter(Counter::BytesRead) - before;
+        assert!(round == 0 || asked < BIG / 100, "{asked} bytes of a warm file were read again");
     }
     assert!(rig.counter(Counter::Read) < BIG / 65_536, "small requests: {}", rig.counter(Counter::Read));
-    assert_eq!(rig.counter(Counter::BytesRead), BIG);
     // Random, through the cache and past it.
     for flags in [0, libc::O_DIRECT] {
         let file = OpenOptions::new().read(true).custom_flags(flags).open(rig.at("big.bin")).unwrap();
@@ -243,13 +243,12 @@ fn a_directory_of_200_000_files() {
     walk(&mut rig, Some(COUNT / 2));
     let first = asked(&rig);
     assert!(first < COUNT / 50, "{first} requests");
-    // A warm walk is the kernel's own, once a whole listing was cached after the take-over's expiry.
-    let free = (0..5).any(|_| {
-        let before = asked(&rig);
-        walk(&mut rig, None);
-        asked(&rig) == before
-    });
-    assert!(free, "every walk asks the daemon");
+    // A warm walk is the kernel's own, once the take-over has expired what was known: the root's and this listing.
+    rig.wait(|status| status.volume(VOLUME).unwrap().counters.get(Counter::InvalidatedDirectories) >= 2);
+    walk(&mut rig, None);
+    let second = asked(&rig);
+    walk(&mut rig, None);
+    assert_eq!(asked(&rig), second);
     // Attributes came with the names.
     assert!(rig.counter(Counter::Getattr) + rig.counter(Counter::Lookup) < COUNT / 50);
     let mut contents = Vec::new();
