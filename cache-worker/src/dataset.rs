@@ -165,7 +165,8 @@ impl Dataset {
 
     /// What is wrong with its sources; empty when nothing is.
     pub(crate) fn source_problem(&self) -> String {
-        self.problem.lock().clone().or_else(|| self.index.source_problem()).unwrap_or_default()
+        let answered = self.problem.lock().clone().or_else(|| self.index.source_problem());
+        answered.or_else(|| self.index.store_problem()).unwrap_or_default()
     }
 
     /// Copies what other crates count.

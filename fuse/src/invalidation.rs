@@ -7,10 +7,14 @@
 //! - names expire, they are not dropped: the kernel looks them up again, and keeps the pages of what is still the same
 //!   node. (An epoch step would expire all of them at once, but from Linux 6.18 on it also prunes what is unused, and
 //!   with it the pages of the whole data set.)
-//! - a name is invalidated before the listing of its directory. The first waits (on the directory's lock in the kernel)
-//!   for look-ups and listings that were answered before the change; so nothing old enters the cache after the second.
+//! - expiring a name that the kernel knows also tells it that the listing of the directory is old: it begins a new one
+//!   when the next reader does. Dropping the listing's pages is only for a directory of which the kernel knows no name
+//!   any more: pages that are dropped under a listing in progress leave the kernel unable to cache that directory again
+//!   (`fuse_add_dirent_to_cache` looks for the page that it was filling, in vain, for as long as the inode lives);
+//! - both wait (on the directory's lock in the kernel) for look-ups and listings that were answered before the change;
+//!   so nothing old enters the cache afterwards.
 
-use std::io;
+use std::{collections::HashSet, io};
 
 use bytes::Bytes;
 use forebay_keeper::tables::{Counter, Counters, NodeKind, NodeTable, ROOT_ID};
@@ -29,10 +33,10 @@ const BARRIER: &[u8] = b".";
 
 /// The kernel's caches of one mount.
 pub trait KernelCache: Send + 'static {
-    /// Expires a name, present or absent. A name or directory that is not cached is fine.
-    fn entry(&self, directory: u64, name: &[u8]) -> io::Result<()>;
+    /// Expires a name, present or absent, and with it the listing of its directory; `false` when it is not cached.
+    fn entry(&self, directory: u64, name: &[u8]) -> io::Result<bool>;
 
-    /// Forgets the listing and the attributes of a directory.
+    /// Drops the listing of a directory, if it is cached.
     fn listing(&self, directory: u64) -> io::Result<()>;
 }
 
@@ -77,45 +81,53 @@ impl<K: KernelCache> Delivery<'_, K> {
     fn send(&self, notice: Notice) {
         match notice {
             Notice::Names { directory, names } => {
-                for name in &names {
-                    self.entry(directory, name);
-                }
-                self.listing(directory);
-            }
-            Notice::Directory(directory) => {
-                self.expire(Some(directory));
-                self.entry(directory, BARRIER);
-                self.listing(directory);
-            }
-            Notice::Everything => {
-                self.expire(None);
-                let known = self.nodes.iter().filter(|(_, node)| node.kind == NodeKind::Directory).map(|(id, _)| id);
-                for directory in std::iter::once(ROOT_ID).chain(known) {
-                    self.entry(directory, BARRIER);
+                // Every one of them, whether or not those before were known.
+                let known = names.iter().filter(|name| self.entry(directory, name)).count();
+                if known == 0 {
                     self.listing(directory);
                 }
             }
-        }
-    }
-
-    /// Expires all known names, or those of one directory. Absent names expire by themselves, soon.
-    fn expire(&self, directory: Option<u64>) {
-        self.counters.add(Counter::Expired, 1);
-        for (_, node) in self.nodes.iter() {
-            if directory.is_none_or(|directory| directory == node.parent) {
-                self.entry(node.parent, &node.name);
+            Notice::Directory(directory) => {
+                if !self.expire(Some(directory)).contains(&directory) {
+                    self.listing(directory);
+                }
+            }
+            Notice::Everything => {
+                let expired = self.expire(None);
+                let known = self.nodes.iter().filter(|(_, node)| node.kind == NodeKind::Directory).map(|(id, _)| id);
+                for directory in std::iter::once(ROOT_ID).chain(known) {
+                    if !expired.contains(&directory) {
+                        self.listing(directory);
+                    }
+                }
             }
         }
     }
 
-    fn entry(&self, directory: u64, name: &[u8]) {
-        self.counters.add(Counter::InvalidatedEntries, 1);
-        if let Err(error) = self.kernel.entry(directory, name) {
-            tracing::debug!(%error, directory, name = ?Bytes::copy_from_slice(name), "a name was not invalidated");
+    /// Expires all known names, or those of one directory. Absent names expire by themselves, soon. The directories of
+    /// which the kernel knew a name.
+    fn expire(&self, directory: Option<u64>) -> HashSet<u64> {
+        self.counters.add(Counter::Expired, 1);
+        let mut expired = HashSet::new();
+        for (_, node) in self.nodes.iter() {
+            if directory.is_none_or(|directory| directory == node.parent) && self.entry(node.parent, &node.name) {
+                expired.insert(node.parent);
+            }
         }
+        expired
+    }
+
+    /// Whether the kernel knew the name.
+    fn entry(&self, directory: u64, name: &[u8]) -> bool {
+        self.counters.add(Counter::InvalidatedEntries, 1);
+        self.kernel.entry(directory, name).unwrap_or_else(|error| {
+            tracing::debug!(%error, directory, name = ?Bytes::copy_from_slice(name), "a name was not invalidated");
+            false
+        })
     }
 
     fn listing(&self, directory: u64) {
+        self.entry(directory, BARRIER);
         self.counters.add(Counter::InvalidatedDirectories, 1);
         if let Err(error) = self.kernel.listing(directory) {
             tracing::debug!(%error, directory, "a listing was not invalidated");
@@ -137,15 +149,19 @@ mod tests {
         memory::{Contents, MemoryTree},
     };
 
+    /// A kernel that knows some names.
     #[derive(Default)]
     struct Recorder {
+        known: Vec<String>,
         log: Mutex<Vec<String>>,
     }
 
     impl KernelCache for Recorder {
-        fn entry(&self, directory: u64, name: &[u8]) -> io::Result<()> {
-            self.log.lock().push(format!("{directory}/{}", String::from_utf8_lossy(name)));
-            Ok(())
+        fn entry(&self, directory: u64, name: &[u8]) -> io::Result<bool> {
+            let name = format!("{directory}/{}", String::from_utf8_lossy(name));
+            let known = self.known.contains(&name);
+            self.log.lock().push(name);
+            Ok(known)
         }
 
         fn listing(&self, directory: u64) -> io::Result<()> {
@@ -200,45 +216,52 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn names_then_the_listing() {
-        let rig = Rig::new();
+    async fn names_and_then_the_listing_if_none_was_known() {
+        let mut rig = Rig::new();
         rig.tree.put(&path("/d/f"), Contents::Given(Bytes::new())).unwrap();
         // Nobody looked at it: the kernel knows only the root.
         let log = rig.settle(|tree| drop(tree.put(&path("/d/g"), Contents::Given(Bytes::new())))).await;
         assert!(log.is_empty(), "{log:?}");
         let d = rig.fs.lookup(1, b"d").await.unwrap().unwrap().id;
         let log = rig.settle(|tree| drop(tree.put(&path("/d/f"), Contents::Given(Bytes::new())))).await;
-        assert_eq!(log, [format!("{d}/f"), format!("listing {d}")]);
+        assert_eq!(log, [format!("{d}/f"), format!("{d}/."), format!("listing {d}")]);
+        rig.kernel.known.push(format!("{d}/g"));
         let log = rig.settle(|tree| tree.remove(&path("/d/g")).unwrap()).await;
-        assert_eq!(log, [format!("{d}/g"), format!("listing {d}")]);
+        assert_eq!(log, [format!("{d}/g")]);
     }
 
     #[tokio::test]
     async fn too_many_names_expire_what_is_known_of_the_directory() {
         let names = || (0..=MAX_NAMES).map(|number| Bytes::from(format!("n{number}"))).collect::<Vec<_>>();
         for names in [Vec::new(), names()] {
-            let rig = Rig::new();
+            let mut rig = Rig::new();
             rig.tree.put(&path("/d/f"), Contents::Given(Bytes::new())).unwrap();
             rig.tree.put(&path("/e"), Contents::Given(Bytes::new())).unwrap();
             let d = rig.fs.lookup(1, b"d").await.unwrap().unwrap().id;
             rig.fs.lookup(d, b"f").await.unwrap().unwrap();
             rig.fs.lookup(1, b"e").await.unwrap().unwrap();
             let change = Change::Names { directory: path("/"), names };
-            assert_eq!(rig.settle(|tree| tree.announce(change)).await, ["1/d", "1/e", "1/.", "listing 1"]);
+            let log = rig.settle(|tree| tree.announce(change.clone())).await;
+            assert_eq!(log, ["1/d", "1/e", "1/.", "listing 1"]);
+            rig.kernel.known.push("1/d".to_owned());
+            assert_eq!(rig.settle(|tree| tree.announce(change)).await, ["1/d", "1/e"]);
         }
     }
 
     #[tokio::test]
     async fn everything_is_every_known_name_and_listing() {
-        let rig = Rig::new();
+        let mut rig = Rig::new();
         rig.tree.put(&path("/d/f"), Contents::Given(Bytes::new())).unwrap();
         rig.tree.put(&path("/e"), Contents::Given(Bytes::new())).unwrap();
         let d = rig.fs.lookup(1, b"d").await.unwrap().unwrap().id;
         rig.fs.lookup(d, b"f").await.unwrap().unwrap();
         rig.fs.lookup(1, b"e").await.unwrap().unwrap();
         let log = rig.settle(|tree| tree.announce(Change::Everything)).await;
-        let expected =
-            ["1/d", &format!("{d}/f"), "1/e", "1/.", "listing 1", &format!("{d}/."), &format!("listing {d}")];
-        assert_eq!(log, expected);
+        let all = ["1/d", &format!("{d}/f"), "1/e", "1/.", "listing 1", &format!("{d}/."), &format!("listing {d}")];
+        assert_eq!(log, all);
+        rig.kernel.known.push("1/e".to_owned());
+        let log = rig.settle(|tree| tree.announce(Change::Everything)).await;
+        let some = ["1/d", &format!("{d}/f"), "1/e", &format!("{d}/."), &format!("listing {d}")];
+        assert_eq!(log, some);
     }
 }

@@ -54,11 +54,11 @@ pub struct SessionCache {
 }
 
 impl KernelCache for SessionCache {
-    fn entry(&self, directory: u64, name: &[u8]) -> io::Result<()> {
+    fn entry(&self, directory: u64, name: &[u8]) -> io::Result<bool> {
         match notify_expire_entry(&self.fuse, directory, name) {
-            // Not cached: nothing to forget.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            done => done,
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
         }
     }
 

@@ -379,6 +379,11 @@ impl DatasetIndex {
         })
     }
 
+    /// Why a source's last request failed, of whatever kind, while retries may still go on.
+    pub fn store_problem(&self) -> Option<String> {
+        self.inner.namespace.stores().find_map(|store| store.problem())
+    }
+
     /// What the sources' last listing or HEAD said, if it failed.
     pub fn source_problem(&self) -> Option<String> {
         self.inner.source_problem.lock().clone()

@@ -216,6 +216,10 @@ impl UnderStore for MemoryStore {
         Box::pin(async move { Ok(stream) })
     }
 
+    fn problem(&self) -> Option<String> {
+        None
+    }
+
     fn requests(&self) -> Requests {
         self.state.lock().requests
     }

@@ -128,6 +128,10 @@ impl UnderStore for FileStore {
         self.inner.requests.snapshot()
     }
 
+    fn problem(&self) -> Option<String> {
+        self.inner.requests.problem()
+    }
+
     fn has_directories(&self) -> bool {
         true
     }
@@ -148,9 +152,12 @@ impl Inner {
             let grant = self.limiter.grant(patience, 0).await.map_err(|failure| failure.error)?;
             self.requests.sent(verb);
             match self.block(patience, Arc::new(grant), work.clone()).await {
-                Ok(output) => return Ok(output),
+                Ok(output) => {
+                    self.requests.answered();
+                    return Ok(output);
+                }
                 Err(failure) => {
-                    self.requests.failed();
+                    self.requests.failed(&failure);
                     patience.pause(failure).await?;
                 }
             }
@@ -257,7 +264,7 @@ impl Reader {
                     return Ok(Some(bytes));
                 }
                 Err(failure) => {
-                    self.inner.requests.failed();
+                    self.inner.requests.failed(&failure);
                     self.patience.pause(failure).await?;
                 }
             }

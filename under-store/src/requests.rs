@@ -2,7 +2,9 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::Requests;
+use parking_lot::Mutex;
+
+use crate::{Requests, StoreError, patience::Failure};
 
 /// Counters; all are monotonic, and no order between them is promised.
 #[derive(Debug, Default)]
@@ -12,6 +14,7 @@ pub(crate) struct RequestCounters {
     heads: AtomicU64,
     errors: AtomicU64,
     bytes: AtomicU64,
+    problem: Mutex<Option<String>>,
 }
 
 /// What a request asks for.
@@ -32,8 +35,23 @@ impl RequestCounters {
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub(crate) fn failed(&self) {
+    /// A request failed. What only says that an object is gone or changed is no problem of the store.
+    pub(crate) fn failed(&self, failure: &Failure) {
         self.errors.fetch_add(1, Ordering::Relaxed);
+        match &failure.error {
+            StoreError::Unavailable(why) | StoreError::PermissionDenied(why) => *self.problem.lock() = Some(why.clone()),
+            StoreError::NotFound(_) | StoreError::VersionMismatch(_) | StoreError::Invalid(_) => {}
+        }
+    }
+
+    /// A request was answered as it should be.
+    pub(crate) fn answered(&self) {
+        self.problem.lock().take();
+    }
+
+    /// Why the last request failed, if it did.
+    pub(crate) fn problem(&self) -> Option<String> {
+        self.problem.lock().clone()
     }
 
     pub(crate) fn received(&self, bytes: usize) {
@@ -41,7 +59,7 @@ impl RequestCounters {
     }
 
     pub(crate) fn snapshot(&self) -> Requests {
-        let Self { gets, lists, heads, errors, bytes } = self;
+        let Self { gets, lists, heads, errors, bytes, problem: _ } = self;
         Requests {
             gets: gets.load(Ordering::Relaxed),
             lists: lists.load(Ordering::Relaxed),

@@ -110,6 +110,10 @@ impl UnderStore for S3Store {
     fn requests(&self) -> Requests {
         self.inner.transport.requests.snapshot()
     }
+
+    fn problem(&self) -> Option<String> {
+        self.inner.transport.requests.problem()
+    }
 }
 
 impl Inner {

@@ -89,6 +89,9 @@ pub trait UnderStore: Send + Sync + 'static {
     /// Requests made so far, by verb.
     fn requests(&self) -> Requests;
 
+    /// Why the last request failed, while retries may still go on; `None` when it was answered.
+    fn problem(&self) -> Option<String>;
+
     /// Whether directories exist of themselves, so that an empty listing is an empty directory (files). Otherwise it
     /// means that there is none.
     fn has_directories(&self) -> bool {

@@ -73,8 +73,9 @@ fn specs() -> Vec<ChunkSpec> {
 }
 
 struct World {
-    dir: tempfile::TempDir,
+    /// Dropped before its directory: it would make it again.
     store: Option<Arc<ChunkStore>>,
+    dir: tempfile::TempDir,
     specs: Vec<ChunkSpec>,
     /// Blocks written and not known to be lost.
     held: BTreeMap<usize, BTreeSet<u32>>,

@@ -98,10 +98,11 @@ impl Body {
                 self.patience.progressed();
             }
             self.connection = None;
-            self.inner.transport.requests.failed();
             let name = self.inner.transport.name(&self.key);
             let Range { start, end } = self.rest;
-            self.patience.pause(Failure::passing(format!("{name}: at {start} of {start}..{end}: {why}"))).await?;
+            let failure = Failure::passing(format!("{name}: at {start} of {start}..{end}: {why}"));
+            self.inner.transport.requests.failed(&failure);
+            self.patience.pause(failure).await?;
         }
         Ok(None)
     }
@@ -128,7 +129,7 @@ impl Body {
         let (name, value) = self.condition.clone();
         let call = Call::object(Verb::Get, &self.key).header(header::RANGE, range).header(name, value);
         let response = transport.call(&mut self.patience, call).await?;
-        self.check(&response).inspect_err(|_| transport.requests.failed())?;
+        self.check(&response).inspect_err(|failure| transport.requests.failed(failure))?;
         Ok(Connection { stream: response.into_body().bytes_stream(), received: 0, _grant: grant })
     }
 

@@ -208,7 +208,10 @@ impl Transport {
         self.requests.sent(verb);
         let answer = patience.wait(self.progress_timeout, self.client.execute(request)).await;
         let failure = match answer {
-            Some(Ok(response)) if response.status().is_success() => return Ok(response),
+            Some(Ok(response)) if response.status().is_success() => {
+                self.requests.answered();
+                return Ok(response);
+            }
             Some(Ok(response)) => {
                 let (status, retry_after) = (response.status(), retry_after(response.headers()));
                 let region = response.headers().get("x-amz-bucket-region").and_then(|value| value.to_str().ok());
@@ -223,7 +226,7 @@ impl Transport {
             Some(Err(error)) => Failure::passing(format!("{name}: {}", chain(&error))),
             None => silent("no answer"),
         };
-        self.requests.failed();
+        self.requests.failed(&failure);
         Err(failure)
     }
 
@@ -248,8 +251,9 @@ impl Transport {
                 None => break "the answer stalled".to_owned(),
             }
         };
-        self.requests.failed();
-        Err(Failure::passing(format!("{}: {why}", self.name(""))))
+        let failure = Failure::passing(format!("{}: {why}", self.name("")));
+        self.requests.failed(&failure);
+        Err(failure)
     }
 
     async fn error_document(&self, patience: &mut Patience, response: HttpResponse) -> ErrorDocument {
