@@ -67,8 +67,7 @@ async fn the_daemon_is_killed_a_hundred_times_under_readers() {
     assert_eq!(report.errors, Vec::<String>::new());
     assert!(met * 2 >= kills, "only {met} of {kills} kills met a request: this proves too little");
     assert_eq!(support::mounts().len(), mounts_before, "the mount table grew");
-    let Bench { up, .. } = bench;
-    up.stop();
+    bench.stop();
 }
 
 #[tokio::test(flavor = "multi_thread")]

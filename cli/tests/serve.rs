@@ -51,8 +51,7 @@ async fn everything_is_served_and_nothing_is_left() {
     assert_eq!(dataset["bytes"], held);
     assert_eq!(dataset["cachedBytes"], held);
 
-    let Bench { up, .. } = bench;
-    up.stop();
+    bench.stop();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -73,8 +72,7 @@ async fn workers_and_daemons_have_no_privileges() {
         }
         assert_eq!(field("NoNewPrivs:"), "1");
     }
-    let Bench { up, .. } = bench;
-    up.stop();
+    bench.stop();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -145,8 +143,7 @@ async fn a_killed_instance_is_cleaned_up_by_the_next() {
     assert_eq!(std::fs::read(bench.path("small/0/0.bin")).unwrap(), content::bytes(0, 1000));
     assert_eq!(bench.store.counters().gets, gets, "the cache did not survive");
     drop(held);
-    let Bench { up, .. } = bench;
-    up.stop();
+    bench.stop();
 }
 
 #[tokio::test(flavor = "multi_thread")]

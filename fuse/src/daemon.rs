@@ -249,12 +249,16 @@ impl<V: Volumes> Daemon<V> {
         let options = Options { ttl: config.ttl(), directory_time_ns: config.mounted_at_ns };
         let fs = Arc::new(FileSystem::new(tree, tables, notices.clone(), options));
         let adapter = Adapter::new(fs.clone(), self.runtime.handle().clone(), config.deadline());
+        let changes = {
+            let _context = self.runtime.enter();
+            fs.tree().changes()
+        };
         let running = session::attach(fs.clone(), adapter, notices.clone(), fuse, &init, first)?;
         self.metrics.add(&volume, VolumeSource::new(&fs, &notices, |fs| V::metrics(fs.tree())));
         let tasks = vec![
             self.runtime.spawn({
                 let fs = fs.clone();
-                async move { follow(&fs, &notices).await }
+                async move { follow(&fs, changes, &notices).await }
             }),
             self.runtime.spawn(carry_over(fs.clone(), V::metrics)),
             self.runtime.spawn(async move { fs.maintain().await }),

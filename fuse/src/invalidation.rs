@@ -18,7 +18,7 @@ use std::{collections::HashSet, io};
 
 use bytes::Bytes;
 use forebay_keeper::tables::{Counter, Counters, NodeKind, NodeTable, ROOT_ID};
-use futures::StreamExt;
+use futures::{StreamExt, stream::BoxStream};
 
 use crate::{
     fs::FileSystem,
@@ -40,9 +40,9 @@ pub trait KernelCache: Send + 'static {
     fn listing(&self, directory: u64) -> io::Result<()>;
 }
 
-/// Turns changes into notices until the changes end.
-pub async fn follow<T: Tree>(fs: &FileSystem<T>, notices: &Notices) {
-    let mut changes = fs.tree().changes();
+/// Turns changes into notices until the changes end. They are to be asked for before the kernel is answered: what
+/// changes in between would be missed.
+pub async fn follow<T: Tree>(fs: &FileSystem<T>, mut changes: BoxStream<'static, Change>, notices: &Notices) {
     while let Some(change) = changes.next().await {
         match change {
             Change::Names { directory, names } => {
@@ -198,10 +198,8 @@ mod tests {
         /// Changes that were announced so far, as the kernel hears of them.
         async fn settle(&self, changes: impl FnOnce(&MemoryTree)) -> Vec<String> {
             {
-                let follow = follow(&self.fs, &self.notices);
+                let follow = follow(&self.fs, self.tree.changes(), &self.notices);
                 tokio::pin!(follow);
-                // Subscribes before anything is announced.
-                assert!(futures::poll!(&mut follow).is_pending());
                 changes(&self.tree);
                 assert!(futures::poll!(&mut follow).is_pending());
             }

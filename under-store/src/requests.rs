@@ -39,7 +39,9 @@ impl RequestCounters {
     pub(crate) fn failed(&self, failure: &Failure) {
         self.errors.fetch_add(1, Ordering::Relaxed);
         match &failure.error {
-            StoreError::Unavailable(why) | StoreError::PermissionDenied(why) => *self.problem.lock() = Some(why.clone()),
+            StoreError::Unavailable(why) | StoreError::PermissionDenied(why) => {
+                *self.problem.lock() = Some(why.clone())
+            }
             StoreError::NotFound(_) | StoreError::VersionMismatch(_) | StoreError::Invalid(_) => {}
         }
     }

@@ -1,5 +1,6 @@
 //! A real S3 server, a real `forebay up`, real mounts. Everything is taken away when a test ends, also when it fails.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of it")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails here")]
 
 pub mod content;
 pub mod readers;
@@ -36,11 +37,11 @@ pub fn long() -> bool {
     std::env::var_os("FOREBAY_LONG").is_some()
 }
 
-/// A store, a manifest, and an instance that serves it.
+/// A store, a manifest, and an instance that serves it. Dropped in this order: the directory is the last to go.
 pub struct Bench {
+    pub up: Up,
     pub store: TestStore,
     pub dir: tempfile::TempDir,
-    pub up: Up,
 }
 
 /// What differs between tests.
@@ -71,7 +72,12 @@ impl Bench {
         let manifest = dir.path().join("data.yaml");
         std::fs::write(&manifest, manifest_text(&setup, &store)).unwrap();
         let up = Up::start(&manifest, dir.path(), &setup.arguments);
-        Self { store, dir, up }
+        Self { up, store, dir }
+    }
+
+    /// Ends the instance; it must end well and leave nothing.
+    pub fn stop(self) {
+        self.up.stop();
     }
 
     /// The path of a file in the mount.
@@ -251,7 +257,9 @@ impl Up {
         for pid in children {
             wait_gone(pid);
         }
-        for left in ["up.lock", "up.json", "control.sock", "keeper.sock", "mounts.json", "mounts.json.lock", "made.json"] {
+        for left in
+            ["up.lock", "up.json", "control.sock", "keeper.sock", "mounts.json", "mounts.json.lock", "made.json"]
+        {
             assert!(!self.state.join(left).exists(), "{left} was left");
         }
         assert!(!mount.exists(), "the mount point {} was left", mount.display());
