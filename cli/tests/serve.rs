@@ -1,4 +1,5 @@
 //! `forebay up` on real manifests: right bytes, the verbs, a clean end, and a clean start after a kill.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails here")]
 
 mod support;
 

@@ -59,6 +59,8 @@ const ABSENT_TTL: Duration = Duration::from_secs(10);
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 /// How often the sums for statfs(2) are asked for.
 const TOTALS_INTERVAL: Duration = Duration::from_secs(30);
+/// The first pause between two of these questions.
+const TOTALS_FIRST: Duration = Duration::from_secs(1);
 
 /// Settings that every daemon of a volume must share.
 #[derive(Clone, Copy, Debug)]
@@ -192,20 +194,25 @@ impl<T: Tree> FileSystem<T> {
     /// Work that no request waits for, until it is dropped.
     pub async fn maintain(&self) {
         let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
-        let mut totals = tokio::time::interval(TOTALS_INTERVAL);
-        for ticks in [&mut sweep, &mut totals] {
-            ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        }
-        loop {
-            tokio::select! {
-                _ = sweep.tick() => self.readers.sweep(),
-                _ = totals.tick() => {
-                    if let Some(known) = self.tree.totals().await {
-                        *self.totals.lock() = known;
-                    }
+        sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let totals = async {
+            // Often at first, while a scan is likely to go on.
+            let mut pause = TOTALS_FIRST;
+            loop {
+                if let Some(known) = self.tree.totals().await {
+                    *self.totals.lock() = known;
                 }
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(TOTALS_INTERVAL);
             }
-        }
+        };
+        let sweeps = async {
+            loop {
+                sweep.tick().await;
+                self.readers.sweep();
+            }
+        };
+        tokio::join!(totals, sweeps);
     }
 
     /// Forgets what is kept of a directory's listing, or of all listings. Before the kernel is told to ask again.

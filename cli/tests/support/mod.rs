@@ -1,6 +1,5 @@
 //! A real S3 server, a real `forebay up`, real mounts. Everything is taken away when a test ends, also when it fails.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of it")]
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails here")]
 
 pub mod content;
 pub mod readers;
