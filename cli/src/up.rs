@@ -54,6 +54,12 @@ pub struct UpArgs {
     /// Memory for reads under way and read-ahead of each Dataset, in MiB
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u64).range(8..=65536), value_name = "MIB")]
     memory: u64,
+    /// Requests that each worker has under way at a source at most [default: 64]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096), value_name = "N")]
+    source_concurrency: Option<u32>,
+    /// Requests that each worker sends to a source in a second at most [default: no limit]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..), value_name = "N")]
+    source_requests_per_second: Option<u32>,
     /// Let other users read the mounts when started without root (needs user_allow_other in /etc/fuse.conf)
     #[arg(long)]
     allow_other: bool,

@@ -28,6 +28,7 @@ use crate::handover::{Role, ToDaemon, ToKeeper};
 use crate::keeper::{self, Event, KeeperOptions, KeeperStatus, LossCause, VolumeState};
 use crate::mount::{MountInfo, fusectl};
 use crate::notify::notify_resend;
+use crate::sys;
 
 use connection::Connection;
 use volume::State;
@@ -41,6 +42,8 @@ const HELLO: Duration = Duration::from_secs(5);
 const BURST: usize = 64;
 /// Longest wait in poll.
 const TICK: Duration = Duration::from_secs(1);
+/// How often a killed daemon that is not gone yet is looked at.
+const DYING_TICK: Duration = Duration::from_millis(10);
 /// A wait that took so much longer than it should: this process was stopped, or starved, and the silence was its own.
 const STALLED: Duration = Duration::from_millis(500);
 /// How often mounts are looked at for having been taken away by somebody else.
@@ -168,7 +171,8 @@ impl Control {
     /// When something has to be done although nothing was heard.
     fn next_deadline(&self) -> Instant {
         let connections = self.connections.values().map(|connection| connection.deadline(&self.options));
-        let dying = self.dying.iter().filter(|dying| !dying.lingers).map(|dying| dying.deadline);
+        let dying = self.dying.iter().filter(|dying| !dying.lingers);
+        let dying = dying.map(|dying| dying.deadline.min(Instant::now() + DYING_TICK));
         let volumes = self.volumes.values().filter_map(|volume| volume.deadline(&self.options));
         connections.chain(dying).chain(volumes).min().unwrap_or_else(|| Instant::now() + TICK)
     }
@@ -357,10 +361,10 @@ impl Control {
                 }
                 continue;
             }
-            if !dying.lingers && now >= dying.deadline {
+            if !dying.lingers && (now >= dying.deadline || sys::only_sleeps(dying.pid)) {
                 dying.lingers = true;
                 let pid = dying.pid;
-                tracing::error!(pid, "a killed daemon is not gone: its successor does not wait");
+                tracing::warn!(pid, "a killed daemon is not gone, but executes nothing: its successor does not wait");
                 self.tell(Event::PredecessorLingers { pid });
             }
             index += 1;

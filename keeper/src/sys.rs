@@ -41,6 +41,26 @@ pub(crate) fn inherit(command: &mut Command, fd: OwnedFd) {
 /// `include/uapi/asm-generic/socket.h`.
 const SO_PEERPIDFD: libc::c_int = 77;
 
+/// Whether every thread of a process is in uninterruptible sleep, or dead. One that was sent SIGKILL executes nothing of
+/// its own any more then: a thread that wakes up ends on its way out of the kernel. `false` when that can not be told.
+pub(crate) fn only_sleeps(pid: i32) -> bool {
+    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return false };
+    let mut any = false;
+    for task in tasks {
+        let Ok(task) = task else { return false };
+        any = true;
+        match std::fs::read_to_string(task.path().join("stat")) {
+            // The name, in parentheses, may hold anything; the state follows the last one.
+            Ok(stat) if stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['D', 'Z', 'X'])) => {}
+            Ok(_) => return false,
+            // Gone in between.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(_) => return false,
+        }
+    }
+    any
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -52,5 +72,11 @@ mod tests {
         let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).unwrap();
         assert!(info.contains(&format!("Pid:\t{}\n", std::process::id())), "{info}");
         assert!(peer_pidfd(std::fs::File::open("/dev/null").unwrap()).is_err());
+    }
+
+    #[test]
+    fn a_running_process_does_not_only_sleep() {
+        assert!(!only_sleeps(std::process::id() as i32));
+        assert!(!only_sleeps(i32::MAX));
     }
 }

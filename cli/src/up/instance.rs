@@ -16,7 +16,7 @@ use forebay_protocol::{
     DatasetId,
     table::{Member, MemberState, WorkerTable},
 };
-use forebay_under_store::{S3Addressing, S3Credentials, S3Options, SourceSpec};
+use forebay_under_store::{Limits, S3Addressing, S3Credentials, S3Options, SourceSpec};
 use serde_json::{Value, json};
 use tokio::{sync::mpsc, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -123,7 +123,7 @@ impl Instance {
     /// Starts everything that the manifests declare.
     pub async fn start(&mut self, manifest: &Manifest, args: &UpArgs) -> anyhow::Result<()> {
         for runtime in &manifest.runtimes {
-            self.start_runtime(runtime, &manifest.datasets).await?;
+            self.start_runtime(runtime, &manifest.datasets, args).await?;
         }
         let keeper = self.start_keeper()?;
         let mounted_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -165,7 +165,12 @@ impl Instance {
     }
 
     /// Starts the workers of a runtime and writes its table.
-    async fn start_runtime(&mut self, runtime: &ValidatedRuntime, datasets: &[ValidatedDataset]) -> anyhow::Result<()> {
+    async fn start_runtime(
+        &mut self,
+        runtime: &ValidatedRuntime,
+        datasets: &[ValidatedDataset],
+        args: &UpArgs,
+    ) -> anyhow::Result<()> {
         let directory = self.layout.runtime(&runtime.namespace, &runtime.name);
         own_directory(&directory, self.run_as)?;
         let (table, key, served) =
@@ -205,6 +210,7 @@ impl Instance {
                 table: table.clone(),
                 datasets: served.clone(),
                 key_file: key.clone(),
+                limits: limits(args),
                 ..WorkerOptions::default()
             };
             starting.push((name.clone(), self.start_worker(&directory, &name, &options)?, options));
@@ -352,6 +358,16 @@ fn describe_volume(volume: &VolumeStatus) -> Value {
         "waiting": volume.waiting,
         "counters": volume.counters.iter().collect::<BTreeMap<_, _>>(),
     })
+}
+
+/// What each worker may ask of a source.
+fn limits(args: &UpArgs) -> Limits {
+    let usual = Limits::default();
+    Limits {
+        concurrency: args.source_concurrency.map_or(usual.concurrency, |concurrency| concurrency as usize),
+        requests_per_second: args.source_requests_per_second.or(usual.requests_per_second),
+        ..usual
+    }
 }
 
 fn write_options(
