@@ -41,24 +41,27 @@ pub(crate) fn inherit(command: &mut Command, fd: OwnedFd) {
 /// `include/uapi/asm-generic/socket.h`.
 const SO_PEERPIDFD: libc::c_int = 77;
 
-/// Whether every thread of a process is in uninterruptible sleep, or dead. One that was sent SIGKILL executes nothing of
-/// its own any more then: a thread that wakes up ends on its way out of the kernel. `false` when that can not be told.
+/// Whether a process is held by threads in uninterruptible sleep, and all its others are dead. One that was sent SIGKILL
+/// executes nothing of its own any more then: a thread that wakes up ends on its way out of the kernel. `false` when that
+/// can not be told.
 pub(crate) fn only_sleeps(pid: i32) -> bool {
     let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return false };
-    let mut any = false;
+    let mut sleeps = false;
     for task in tasks {
         let Ok(task) = task else { return false };
-        any = true;
         match std::fs::read_to_string(task.path().join("stat")) {
             // The name, in parentheses, may hold anything; the state follows the last one.
-            Ok(stat) if stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['D', 'Z', 'X'])) => {}
-            Ok(_) => return false,
+            Ok(stat) => match stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next()) {
+                Some('D') => sleeps = true,
+                Some('Z' | 'X') => {}
+                _ => return false,
+            },
             // Gone in between.
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(_) => return false,
         }
     }
-    any
+    sleeps
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use forebay_under_store::{Limits, S3Addressing, S3Credentials, S3Options, Source
 use serde_json::{Value, json};
 use tokio::{sync::mpsc, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{
     DAEMON_GRACE, DatasetRecord, Layout, Record, RuntimeRecord, UNMOUNT_GRACE, UpArgs, WORKER_GRACE,
@@ -325,7 +325,7 @@ fn unmount_all(keeper: &Keeper) {
 
 async fn log_events(mut events: mpsc::Receiver<Event>) {
     while let Some(event) = events.recv().await {
-        info!(?event, "keeper");
+        debug!(?event, "keeper");
     }
 }
 
