@@ -15,7 +15,7 @@
 use std::{
     fs,
     io::Write as _,
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, chown},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, chown, fchown},
     path::{Path, PathBuf},
 };
 
@@ -163,14 +163,19 @@ pub fn own_directory(path: &Path, owner: Option<RunAs>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Replaces a file whole, readable by its owner only.
+/// Replaces a file whole, readable by its owner only. The directory may belong to the unprivileged user, so nothing that
+/// lies there already is opened or followed.
 pub fn write_private(path: &Path, contents: &[u8], owner: Option<RunAs>) -> anyhow::Result<()> {
     let temporary = path.with_extension("new");
     let write = || -> std::io::Result<()> {
-        let mut file = fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-        file.set_permissions(fs::Permissions::from_mode(0o600))?;
+        match fs::remove_file(&temporary) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        // create_new is O_EXCL, which refuses a symbolic link as well.
+        let mut file = fs::File::options().write(true).create_new(true).mode(0o600).open(&temporary)?;
         if let Some(owner) = owner {
-            chown(&temporary, Some(owner.uid), Some(owner.gid))?;
+            fchown(&file, Some(owner.uid), Some(owner.gid))?;
         }
         file.write_all(contents)?;
         fs::rename(&temporary, path)

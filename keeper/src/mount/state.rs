@@ -127,7 +127,12 @@ impl StateFile {
         let contents = Contents { version: VERSION, mounts: self.mounts.clone() };
         let mut temporary = self.path.as_os_str().to_owned();
         temporary.push(".new");
-        let mut file = File::create(&temporary)?;
+        // The directory may belong to an unprivileged user: nothing that lies there is opened or followed.
+        match std::fs::remove_file(&temporary) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut file = OpenOptions::new().write(true).create_new(true).open(&temporary)?;
         file.write_all(&serde_json::to_vec_pretty(&contents)?)?;
         file.sync_all()?;
         std::fs::rename(&temporary, &self.path)
