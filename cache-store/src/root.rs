@@ -102,8 +102,12 @@ impl Root {
 
     /// What was removed or replaced under us.
     pub(crate) fn loss(&self) -> Option<Loss> {
-        let (Ok(held), Ok(named)) = (rustix::fs::fstat(&self.fd), rustix::fs::stat(&self.path)) else {
-            return Some(Loss::Directory);
+        let Ok(held) = rustix::fs::fstat(&self.fd) else { return None };
+        let named = match rustix::fs::stat(&self.path) {
+            Ok(named) => named,
+            Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => return Some(Loss::Directory),
+            // That it cannot be looked at does not say that it is gone.
+            Err(_) => return None,
         };
         if held.st_nlink == 0 || (held.st_dev, held.st_ino) != (named.st_dev, named.st_ino) {
             return Some(Loss::Directory);
