@@ -105,7 +105,6 @@ pub async fn run(global: Global, args: UpArgs) -> anyhow::Result<ExitCode> {
     // Registered first: an early Ctrl-C must find the way out that cleans up.
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
-    let stop = CancellationToken::new();
 
     let layout = Layout::new(global.state_dir.clone())?;
     let mut instance = Instance::prepare(layout, &args)?;
@@ -123,7 +122,6 @@ pub async fn run(global: Global, args: UpArgs) -> anyhow::Result<ExitCode> {
         info!("stopping");
     }
     instance.stop().await;
-    stop.cancel();
     started.map(|()| ExitCode::SUCCESS)
 }
 
