@@ -1,0 +1,123 @@
+//! What docs/benchmarks.md reports of a cluster: `make e2e-figures`. It prints a table and judges nothing.
+
+use std::{
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+
+use crate::{
+    Env, data,
+    kubectl::text,
+    manifests::{self, dataset, runtime, secret, source},
+    store::SECRET_KEY,
+    wait::{eventually, until},
+};
+
+/// Times that a pod is started for a median.
+const PODS: usize = 7;
+/// The namespace of the measurements.
+const NAMESPACE: &str = "e2e-figures";
+
+struct Row {
+    what: &'static str,
+    value: String,
+    goal: &'static str,
+}
+
+/// Measures all, prints the table.
+pub fn run(env: &Env) -> anyhow::Result<ExitCode> {
+    env.kubectl.remove_namespace(NAMESPACE)?;
+    env.kubectl.run(&["create", "namespace", NAMESPACE])?;
+    let rows = measure(env);
+    env.kubectl.remove_namespace(NAMESPACE)?;
+    println!("| what | measured | goal |\n|---|---|---|");
+    for Row { what, value, goal } in rows? {
+        println!("| {what} | {value} | {goal} |");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn measure(env: &Env) -> anyhow::Result<Vec<Row>> {
+    let ns = NAMESPACE;
+    let files = data::usual();
+    env.store.fill(ns, &files)?;
+    let mut rows = Vec::new();
+
+    let ready = |kind: &str, name: &str| {
+        let object = format!("{kind}/{name}");
+        env.kubectl.run(&["--namespace", ns, "wait", "--for=condition=Ready", &object, "--timeout=90s"])
+    };
+    let begin = Instant::now();
+    env.kubectl.apply(ns, &runtime("cache", 2, "1Gi"))?;
+    ready("cacheruntime", "cache")?;
+    rows.push(row("CacheRuntime applied -> 2 workers Ready", begin.elapsed(), "< 10 s"));
+
+    let begin = Instant::now();
+    env.kubectl.apply(ns, &(secret(SECRET_KEY) + &dataset("data", "cache", &source("/", ns, &env.store.url))))?;
+    until("the claim is bound", 60, || {
+        Ok(env.kubectl.find(ns, "pvc", "data")?.is_some_and(|claim| claim["status"]["phase"] == "Bound"))
+    })?;
+    rows.push(row("Dataset applied -> PVC bound", begin.elapsed(), "< 3 s"));
+    ready("dataset", "data")?;
+
+    env.reader(ns, "warm", Some("node1"), &[])?;
+    env.read_once(ns, "warm", &files)?;
+    let (mut with, mut without) = (Vec::new(), Vec::new());
+    for index in 0..PODS {
+        // In turns, so that noise of the machine meets both.
+        with.push(first_byte(env, &format!("with-{index}"), true)?);
+        without.push(first_byte(env, &format!("without-{index}"), false)?);
+    }
+    let (with, without) = (median(with), median(without));
+    let value = format!("{:.2} s against {:.2} s with an emptyDir", with.as_secs_f64(), without.as_secs_f64());
+    rows.push(Row { what: "pod created -> first byte read (median of 7)", value, goal: "<= +1 s" });
+
+    if let Some(cluster) = &env.cluster {
+        for (what, goal, process) in [
+            ("node plugin RSS", "< 32 MiB", "forebay-csi"),
+            ("operator RSS", "< 64 MiB", "forebay-operator run"),
+            ("FUSE daemon RSS", "reported", "forebay fuse"),
+            ("worker RSS", "reported", "forebay worker"),
+        ] {
+            let mut bytes = Vec::new();
+            for node in 1..=cluster.nodes() {
+                for process in cluster.processes(node, process)? {
+                    bytes.push(cluster.resident(node, process)?);
+                }
+            }
+            let largest = bytes.iter().max().context("no such process")?;
+            rows.push(Row { what, value: format!("{:.1} MiB", *largest as f64 / 1048576.0), goal });
+        }
+    }
+    Ok(rows)
+}
+
+fn row(what: &'static str, took: Duration, goal: &'static str) -> Row {
+    Row { what, value: format!("{:.2} s", took.as_secs_f64()), goal }
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort();
+    times[times.len() / 2]
+}
+
+/// From the creation of a pod to the first byte that it has read.
+fn first_byte(env: &Env, name: &str, volume: bool) -> anyhow::Result<Duration> {
+    let ns = NAMESPACE;
+    let path = if volume { format!("/data{}", data::usual()[0].path) } else { "/code/read.py".to_owned() };
+    let script = format!("open('{path}', 'rb').read(1); print('read', flush=True); import time; time.sleep(60)");
+    let mut pod = manifests::pod(name, "data", Some("node1"), &["python3", "-c", &script]);
+    if !volume {
+        pod = pod.replace("persistentVolumeClaim: {claimName: data}", "emptyDir: {}");
+    }
+    let begin = Instant::now();
+    env.kubectl.apply(ns, &pod)?;
+    let took = eventually("the first byte", 60, || {
+        let phase = text(&env.kubectl.get(ns, "pod", name)?["status"]["phase"]);
+        Ok((phase == "Running" && env.kubectl.logs(ns, name)?.contains("read")).then(|| begin.elapsed()))
+    })?;
+    env.kubectl.run(&["--namespace", ns, "delete", "pod", name, "--grace-period=1"])?;
+    Ok(took)
+}

@@ -1,0 +1,75 @@
+//! What kubectl shows.
+
+use anyhow::ensure;
+
+use crate::{
+    Env, Outcome, TestResult, data,
+    kubectl::text,
+    wait::{eventually, until},
+};
+
+pub fn kubectl_explains_waits_scales_and_shows(env: &Env, ns: &str) -> TestResult {
+    let explained = env.kubectl.run(&["explain", "dataset.spec.sources.uri"])?;
+    ensure!(explained.contains("s3://BUCKET/PREFIX/"), "{explained}");
+    let explained = env.kubectl.run(&["explain", "crt.spec.tiers.watermarks"])?;
+    ensure!(explained.contains("highPercent"), "{explained}");
+
+    let files = data::usual();
+    env.usual(ns, &files, 1)?;
+    env.kubectl.run(&["--namespace", ns, "wait", "--for=condition=Ready", "crt/cache", "--timeout=60s"])?;
+    env.kubectl.run(&["--namespace", ns, "wait", "--for=condition=Ready", "dataset/data", "--timeout=60s"])?;
+    let volume_claim = env.kubectl.get(ns, "pvc", "data")?;
+    ensure!(volume_claim["status"]["phase"] == "Bound", "{}", volume_claim["status"]);
+
+    env.reader(ns, "reader", None, &[])?;
+    env.read_once(ns, "reader", &files)?;
+    let row = eventually("the columns show the files, the size and what is cached", 60, || {
+        let table = env.kubectl.run(&["--namespace", ns, "get", "dataset"])?;
+        let mut lines = table.lines();
+        let (head, row) = (lines.next().unwrap_or_default(), lines.next().unwrap_or_default());
+        ensure!(head.split_whitespace().eq(["NAME", "PHASE", "FILES", "SIZE", "CACHED", "HIT%", "AGE"]), "{head}");
+        let cells: Vec<String> = row.split_whitespace().map(str::to_owned).collect();
+        Ok((cells.len() == 7 && cells[2] == files.len().to_string() && cells[4] == cells[3]).then_some(cells))
+    })?;
+    println!("        {}", row.join("  "));
+    ensure!(row[1] == "Ready", "{row:?}");
+    let status = env.kubectl.get(ns, "dataset", "data")?["status"].clone();
+    ensure!(status["cachedBytes"] == data::bytes(&files), "{status}");
+    ensure!(status["claimName"] == "data", "{status}");
+    ensure!(status["misses"].as_u64().unwrap_or(0) > 0, "{status}");
+
+    env.kubectl.run(&["--namespace", ns, "scale", "crt", "cache", "--replicas=2"])?;
+    until("the scaled runtime shows two ready workers", 60, || {
+        let table = env.kubectl.run(&["--namespace", ns, "get", "crt", "cache", "--no-headers"])?;
+        let cells: Vec<&str> = table.split_whitespace().collect();
+        Ok(cells.get(2) == Some(&"2") && cells.get(3) == Some(&"2"))
+    })?;
+    let runtime = env.kubectl.get(ns, "crt", "cache")?;
+    let selector = text(&runtime["status"]["selector"]);
+    ensure!(env.kubectl.list(ns, "pods", &selector)?.len() == 2, "the selector {selector} finds the workers");
+    ensure!(runtime["status"]["capacityBytes"].as_u64() == Some(2 << 30), "{}", runtime["status"]);
+    Ok(Outcome::Passed)
+}
+
+/// The kubelet's summary has the volume's bytes and inodes.
+pub fn volume_stats_reach_the_kubelet(env: &Env, ns: &str) -> TestResult {
+    let files = data::usual();
+    env.usual_ready(ns, &files, 1)?;
+    env.idle(ns, "idle", None)?;
+    let node = text(&env.kubectl.get(ns, "pod", "idle")?["spec"]["nodeName"]);
+    let path = format!("/api/v1/nodes/{node}/proxy/stats/summary");
+    let volume = eventually("the summary has the volume with its size", 120, || {
+        let summary: serde_json::Value = serde_json::from_str(&env.kubectl.run(&["get", "--raw", &path])?)?;
+        let pods = summary["pods"].as_array().cloned().unwrap_or_default();
+        let volumes = pods
+            .iter()
+            .filter(|pod| pod["podRef"]["namespace"] == ns)
+            .flat_map(|pod| pod["volume"].as_array().cloned().unwrap_or_default());
+        let mut found = volumes.filter(|volume| volume["pvcRef"]["name"] == "data");
+        Ok(found.find(|volume| volume["usedBytes"].as_u64().unwrap_or(0) > 0))
+    })?;
+    println!("        {volume}");
+    ensure!(volume["usedBytes"].as_u64().unwrap_or(0) >= data::bytes(&files), "{volume}");
+    ensure!(volume["inodesUsed"].as_u64().unwrap_or(0) >= files.len() as u64, "{volume}");
+    Ok(Outcome::Passed)
+}

@@ -1,0 +1,115 @@
+//! Sources that change, and sources that are wrong.
+
+use anyhow::ensure;
+
+use crate::{
+    Env, Outcome, TestResult,
+    data::{self, File},
+    manifests::{dataset, runtime, secret, source},
+    readers::flawless,
+    store::SECRET_KEY,
+    wait::{eventually, until},
+};
+
+/// A source is added to and removed from `spec` while a pod reads what the other one gives.
+pub fn sources_come_and_go_under_readers(env: &Env, ns: &str) -> TestResult {
+    let files = data::small(60, 3);
+    env.usual_ready(ns, &files, 2)?;
+    env.reader(ns, "reader", None, &["--loop", "--direct"])?;
+    env.reads_on(ns, "reader", 200)?;
+    let other = format!("{ns}-labels");
+    // As readers see them: below the path of the source.
+    let labels = [File::new("/labels", "a", 5_000), File::new("/labels", "b", 70_000)];
+    env.store.make_bucket(&other)?;
+    for file in &labels {
+        env.store.put_bytes(&other, file.path.trim_start_matches("/labels/"), file.contents(0))?;
+    }
+    let one = source("/", ns, &env.store.url);
+    let two = one.clone() + &source("/labels", &other, &env.store.url);
+    env.idle(ns, "looker", None)?;
+    for round in 0..2 {
+        env.kubectl.apply(ns, &dataset("data", "cache", &two))?;
+        for file in &labels {
+            let path = format!("/data{}", file.path);
+            until(&format!("{path} appears (round {round})"), 30, || {
+                let size = env.kubectl.exec(ns, "looker", &["stat", "--format=%s", &path])?;
+                Ok(size.trim() == file.length.to_string())
+            })?;
+        }
+        env.reads_on(ns, "reader", 100)?;
+        env.kubectl.apply(ns, &dataset("data", "cache", &one))?;
+        until("the removed source disappears", 30, || {
+            Ok(!env.kubectl.exec(ns, "looker", &["ls", "/data"])?.contains("labels"))
+        })?;
+        env.reads_on(ns, "reader", 100)?;
+    }
+    flawless("reader", &env.seen(ns, "reader")?)?;
+    Ok(Outcome::Passed)
+}
+
+/// Waits until the Dataset's condition names the cause, and an event does.
+fn named(env: &Env, ns: &str, reason: &str, hint: &str) -> anyhow::Result<()> {
+    let condition = eventually(&format!("the condition says {reason}"), 60, || {
+        let condition = env.kubectl.condition(ns, "dataset", "data", "Ready")?;
+        Ok(condition.filter(|condition| !condition.is && condition.reason == reason))
+    })?;
+    println!("        {reason}: {}", condition.message);
+    ensure!(condition.message.contains(hint), "'{}' does not name '{hint}'", condition.message);
+    until(&format!("an event says {reason}"), 20, || {
+        Ok(env.kubectl.events(ns, "Dataset", "data")?.iter().any(|(event, _)| event == reason))
+    })
+}
+
+fn recovers(env: &Env, ns: &str) -> anyhow::Result<()> {
+    until("the Dataset recovers without being made again", 60, || {
+        let condition = env.kubectl.condition(ns, "dataset", "data", "Ready")?;
+        Ok(condition.is_some_and(|condition| condition.is))
+    })
+}
+
+pub fn wrong_secrets_buckets_and_endpoints_are_named_and_recover(env: &Env, ns: &str) -> TestResult {
+    let files = data::small(12, 2);
+    env.store.fill(ns, &files)?;
+    let with = |bucket: &str, endpoint: &str| dataset("data", "cache", &source("/", bucket, endpoint));
+    let right = with(ns, &env.store.url);
+    env.kubectl.apply(ns, &(runtime("cache", 1, "1Gi") + &right))?;
+    named(env, ns, "SecretNotFound", "s3")?;
+    env.kubectl.apply(ns, &secret("wrong"))?;
+    named(env, ns, "CredentialsInvalid", "")?;
+    env.kubectl.apply(ns, &secret(SECRET_KEY))?;
+    recovers(env, ns)?;
+    env.kubectl.apply(ns, &with("no-such-bucket", &env.store.url))?;
+    named(env, ns, "BucketNotFound", "no-such-bucket")?;
+    env.kubectl.apply(ns, &right)?;
+    recovers(env, ns)?;
+    env.kubectl.apply(ns, &with(ns, "http://nobody.example.com:9"))?;
+    named(env, ns, "SourceUnreachable", "nobody.example.com")?;
+    env.kubectl.apply(ns, &right)?;
+    recovers(env, ns)?;
+    env.reader(ns, "reader", None, &[])?;
+    env.read_once(ns, "reader", &files)?;
+    Ok(Outcome::Passed)
+}
+
+/// More disk than any node has, and a host path that is a file: the runtime says so; an edit mends it.
+pub fn an_impossible_tier_is_named_and_recovers(env: &Env, ns: &str) -> TestResult {
+    let files = data::small(12, 2);
+    env.store.fill(ns, &files)?;
+    let pod_template = "  template: {spec: {nodeSelector: {forebay.io/no-such-pool: \"true\"}}}\n---";
+    let impossible = runtime("cache", 1, "1Gi").replace("---", pod_template);
+    let rest = secret(SECRET_KEY) + &dataset("data", "cache", &source("/", ns, &env.store.url));
+    env.kubectl.apply(ns, &(impossible + &rest))?;
+    let condition = eventually("the runtime says that its workers cannot be scheduled", 60, || {
+        let condition = env.kubectl.condition(ns, "cacheruntime", "cache", "Ready")?;
+        Ok(condition.filter(|condition| !condition.is && condition.reason == "CannotSchedule"))
+    })?;
+    println!("        {}", condition.message);
+    until("an event says so", 20, || {
+        Ok(env.kubectl.events(ns, "CacheRuntime", "cache")?.iter().any(|(event, _)| event == "CannotSchedule"))
+    })?;
+    env.kubectl.apply(ns, &runtime("cache", 1, "1Gi"))?;
+    recovers(env, ns)?;
+    env.reader(ns, "reader", None, &[])?;
+    env.read_once(ns, "reader", &files)?;
+    Ok(Outcome::Passed)
+}
