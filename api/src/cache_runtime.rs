@@ -5,7 +5,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Phase, Quantity, WorkerTable, rules};
+use crate::{Phase, PodTemplate, Quantity, WorkerTable, rules};
 
 /// The workers that cache and serve.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -40,8 +40,12 @@ pub struct CacheRuntimeSpec {
     pub replicas: u32,
     /// Where each worker keeps bytes, by name. Exactly one for now.
     #[schemars(length(min = 1, max = 1))]
-    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]), validation = Rule::from(rules::TIER_NAMES))]
     pub tiers: Vec<Tier>,
+    /// What is added to the pods of workers: where they run, with what, and as whom. Without a cluster it is checked
+    /// and has no effect.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template: Option<PodTemplate>,
 }
 
 /// A place where each worker keeps bytes.
@@ -52,7 +56,7 @@ pub struct Tier {
     #[schemars(length(max = rules::MAX_LABEL))]
     #[x_kube(validation = Rule::from(rules::LABEL))]
     pub name: String,
-    /// What the volume is on.
+    /// What the volume is on: on an `HDD`, workers get more time to open their cache before they count as broken.
     pub medium: Medium,
     /// Most bytes on each worker.
     pub capacity: Quantity,

@@ -28,7 +28,7 @@ use crate::{Phase, Quantity, rules};
         name = "Hit%",
         type_ = "integer",
         json_path = ".status.hitRatioPercent",
-        description = "Blocks that readers found on workers, in percent"
+        description = "Of the bytes that were read, how many were on workers, in percent"
     ),
     printcolumn(
         name = "Runtime",
@@ -180,10 +180,20 @@ pub struct DatasetStatus {
     /// `cachedBytes` for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cached: Option<String>,
-    /// Of the blocks that were read, how many were on a worker, in percent. Absent until one was read.
+    /// Bytes that readers asked workers for and that were there, since the dataset was created.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hits: Option<u64>,
+    /// Bytes that readers asked workers for and that had to be fetched, since the dataset was created.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub misses: Option<u64>,
+    /// `hits` of `hits` and `misses` together, in percent, rounded down. Absent until something was read.
     #[schemars(range(min = 0, max = 100))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hit_ratio_percent: Option<u8>,
+    /// The PersistentVolumeClaim that pods mount. Absent until it was made, and again once it is gone: workers forget a
+    /// dataset that is being deleted only then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub claim_name: Option<String>,
     /// What is the case, by type: `Ready`, `Progressing`, `Degraded`.
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

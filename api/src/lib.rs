@@ -4,6 +4,7 @@
 //!   `crds/` and `docs/api.md` from the schemas (`cargo run -p forebay-api --example crds -- --write`).
 //! - [`rules`]: every rule that a schema alone cannot say, once in CEL for the API server and once in Rust. Tests run
 //!   both over the same cases.
+//! - [`edits`]: what an edit of each field does.
 //! - [`manifest`]: YAML files to validated specs, for people who serve Datasets without a cluster.
 //!
 //! Invariants: a field is in the schema only if something acts on it; what the API server refuses, [`manifest`]
@@ -14,11 +15,15 @@
 mod cache_runtime;
 #[allow(unreachable_pub)]
 mod dataset;
+pub mod edits;
 pub mod manifest;
+mod names;
 mod quantity;
 pub mod rules;
 mod schema;
 mod status;
+#[allow(unreachable_pub)]
+mod template;
 
 pub use cache_runtime::{
     CacheRuntime, CacheRuntimeSpec, CacheRuntimeStatus, EmptyDirVolume, HostPathVolume, Medium, Tier, TierVolume,
@@ -27,9 +32,13 @@ pub use cache_runtime::{
 pub use dataset::{
     Addressing, Cache, Dataset, DatasetSpec, DatasetStatus, Policy, RuntimeRef, S3Options, SecretRef, Source,
 };
+pub use names::{MAX_OBJECT_NAME, WORKER_HTTP_PORT, WORKER_PORT, object_name, service_address};
 pub use quantity::{Quantity, QuantityError};
 pub use schema::crds;
 pub use status::{MemberState, Phase, WorkerMember, WorkerTable};
+pub use template::{
+    Amount, LabelValue, PodMetadata, PodPieces, PodTemplate, Resources, TaintEffect, Toleration, TolerationOperator,
+};
 
 /// The API group.
 pub const GROUP: &str = "forebay.io";

@@ -8,6 +8,7 @@
 //! the YAML can be parsed; no error, `Debug` or log holds a value of a Secret; input is bounded ([`MAX_FILE_BYTES`],
 //! depth and aliases in `node`, [`MAX_FILES`]).
 
+mod checks;
 mod error;
 mod node;
 mod report;

@@ -17,11 +17,12 @@ pub const MAX_URI: usize = 2048;
 pub const MAX_SOURCES: usize = 64;
 /// Most workers of a runtime.
 pub const MAX_REPLICAS: u32 = 1000;
-/// Longest name of a runtime: its workers are called NAME-0 to NAME-999, and Kubernetes labels their pods with NAME and
-/// a hash of 11 characters, in 63.
-pub const MAX_RUNTIME_NAME: usize = 52;
-/// Longest DNS label.
+/// Longest DNS label, and longest value of a label of Kubernetes.
 pub const MAX_LABEL: usize = 63;
+/// Most pairs in a map of labels, annotations or resources.
+pub const MAX_PAIRS: usize = 32;
+/// Most tolerations.
+pub const MAX_TOLERATIONS: usize = 32;
 
 pub(crate) const LABEL: Rule = (
     "self.matches('^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$')",
@@ -33,10 +34,10 @@ pub(crate) const SUBDOMAIN: Rule = (
 );
 /// The API server has checked that the name is a DNS name before.
 pub(crate) const DATASET_NAME: Rule = ("!self.metadata.name.contains('.') && size(self.metadata.name) <= 63", LABEL.1);
-/// As [`DATASET_NAME`].
+/// As [`DATASET_NAME`]. The workers' Service has a name that begins like it, and those begin with a letter.
 pub(crate) const RUNTIME_NAME: Rule = (
-    "!self.metadata.name.contains('.') && size(self.metadata.name) <= 52",
-    "must be a DNS label of at most 52 characters",
+    "self.metadata.name.matches('^[a-z][a-z0-9-]*$') && size(self.metadata.name) <= 63",
+    "must be a DNS label of at most 63 characters that begins with a letter",
 );
 pub(crate) const RUNTIME_REF_IMMUTABLE: Rule =
     ("self == oldSelf", "cannot be changed: its bytes are on the workers of the runtime it was created with");
@@ -79,6 +80,41 @@ pub(crate) const SECRET_REF: Rule = (
 pub(crate) const ONE_VOLUME: Rule =
     ("has(self.hostPath) != has(self.emptyDir)", "must have exactly one of hostPath and emptyDir");
 pub(crate) const WATERMARKS: Rule = ("self.lowPercent < self.highPercent", "lowPercent must be below highPercent");
+
+pub(crate) const TIER_NAMES: Rule =
+    ("self.map(tier, tier.name) == oldSelf.map(tier, tier.name)", "names of tiers cannot be changed");
+/// Keys and values of labels, as Kubernetes takes them; a prefix is checked when the pods are made.
+pub(crate) const LABEL_MAP: Rule = (
+    "self.all(key, key.matches('^([a-z0-9][a-z0-9.-]{0,252}/)?[a-zA-Z0-9]([a-zA-Z0-9._-]{0,61}[a-zA-Z0-9])?$') && \
+     self[key].matches('^([a-zA-Z0-9]([a-zA-Z0-9._-]{0,61}[a-zA-Z0-9])?)?$'))",
+    "must hold keys such as team or example.com/team, and values of up to 63 letters, digits, '-', '_' and '.' that \
+     begin and end with a letter or digit",
+);
+pub(crate) const ANNOTATION_KEYS: Rule = (
+    "self.all(key, key.matches('^([a-z0-9][a-z0-9.-]{0,252}/)?[a-zA-Z0-9]([a-zA-Z0-9._-]{0,61}[a-zA-Z0-9])?$'))",
+    "must hold keys such as team or example.com/team",
+);
+/// What selects the pods, and what Kubernetes itself writes on them.
+pub(crate) const POD_LABELS: Rule = (
+    "self.all(key, !key.startsWith('forebay.io/') && !key.startsWith('app.kubernetes.io/') && \
+     !key.startsWith('apps.kubernetes.io/') && !key.startsWith('statefulset.kubernetes.io/') && \
+     key != 'controller-revision-hash')",
+    "must not hold keys of forebay.io/, app.kubernetes.io/, apps.kubernetes.io/ and statefulset.kubernetes.io/ nor \
+     controller-revision-hash, which are the operator's and Kubernetes' own",
+);
+pub(crate) const TOLERATION_KEY: Rule = (
+    "has(self.key) || (has(self.operator) && self.operator == 'Exists')",
+    "key may be left out only with operator Exists, which then tolerates every taint",
+);
+pub(crate) const TOLERATION_VALUE: Rule =
+    ("!has(self.value) || !has(self.operator) || self.operator == 'Equal'", "value does not go with operator Exists");
+pub(crate) const TOLERATION_SECONDS: Rule = (
+    "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+    "tolerationSeconds goes with effect NoExecute only",
+);
+/// An amount of any resource: what `resource.Quantity` of Kubernetes takes, without a sign.
+pub(crate) const AMOUNT_PATTERN: &str =
+    "^([0-9]+([.][0-9]*)?|[.][0-9]+)(Ki|Mi|Gi|Ti|Pi|Ei|n|u|m|k|M|G|T|P|E|[eE][+-]?[0-9]+)?$";
 
 /// `LABEL`.
 pub fn is_label(name: &str) -> bool {
@@ -167,6 +203,49 @@ pub fn is_endpoint(url: &str) -> bool {
     host_ok && port_ok
 }
 
+/// What begins and ends with a letter or digit, and has letters, digits, '-', '_' and '.' between them; up to 63.
+fn is_name_of_label(name: &str) -> bool {
+    let outer = |c: char| c.is_ascii_alphanumeric();
+    name.len() <= MAX_LABEL
+        && name.starts_with(outer)
+        && name.ends_with(outer)
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+}
+
+/// `ANNOTATION_KEYS`, of one key.
+pub fn is_label_key(key: &str) -> bool {
+    let (prefix, name) = key.split_once('/').map_or((None, key), |(prefix, name)| (Some(prefix), name));
+    let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+    let prefix_ok = prefix.is_none_or(|prefix| {
+        prefix.len() <= 253
+            && prefix.bytes().next().is_some_and(inner)
+            && prefix.bytes().all(|b| inner(b) || b == b'.' || b == b'-')
+    });
+    prefix_ok && is_name_of_label(name)
+}
+
+/// `LABEL_MAP`, of one value.
+pub fn is_label_value(value: &str) -> bool {
+    value.is_empty() || is_name_of_label(value)
+}
+
+/// `POD_LABELS`, of one key.
+pub fn is_free_label(key: &str) -> bool {
+    let taken = ["forebay.io/", "app.kubernetes.io/", "apps.kubernetes.io/", "statefulset.kubernetes.io/"];
+    key != "controller-revision-hash" && !taken.iter().any(|prefix| key.starts_with(prefix))
+}
+
+/// `AMOUNT_PATTERN`.
+pub fn is_amount(text: &str) -> bool {
+    let end = text.bytes().take_while(|b| b.is_ascii_digit() || *b == b'.').count();
+    let (number, suffix) = text.split_at(end);
+    let number_ok = number.bytes().any(|b| b.is_ascii_digit()) && number.matches('.').count() <= 1;
+    let exponent = suffix.strip_prefix(['e', 'E']).map(|rest| rest.strip_prefix(['+', '-']).unwrap_or(rest));
+    let suffixes = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei", "n", "u", "m", "k", "M", "G", "T", "P", "E"];
+    let exponent_ok = exponent.is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()));
+    number_ok && (suffixes.contains(&suffix) || exponent_ok)
+}
+
 /// `REGION`.
 pub fn is_region(region: &str) -> bool {
     (1..=64).contains(&region.len())
@@ -190,6 +269,52 @@ mod tests {
                 false
             }
         }
+    }
+
+    const AMOUNT: Rule = (
+        "self.matches('^([0-9]+([.][0-9]*)?|[.][0-9]+)(Ki|Mi|Gi|Ti|Pi|Ei|n|u|m|k|M|G|T|P|E|[eE][+-]?[0-9]+)?$')",
+        "must be an amount",
+    );
+
+    #[test]
+    fn the_rule_of_amounts_here_is_the_pattern() {
+        assert_eq!(AMOUNT.0, format!("self.matches('{AMOUNT_PATTERN}')"));
+    }
+
+    /// Key, value, whether they are taken as labels.
+    #[test]
+    fn labels_are_judged_alike() {
+        let long = "a".repeat(64);
+        for (key, value, good) in [
+            ("team", "vision", true),
+            ("example.com/team", "a.b-c_d", true),
+            ("a", "", true),
+            ("Team", "A", true),
+            ("", "a", false),
+            ("-a", "a", false),
+            ("a/b/c", "a", false),
+            ("/a", "a", false),
+            ("Example.com/a", "a", false),
+            ("a", "-a", false),
+            ("a", "a b", false),
+            ("a", &long, false),
+            (&long, "a", false),
+        ] {
+            let map = json!({key: value});
+            let judged = |rule: Rule| {
+                let schema = json!({"type": "object", "additionalProperties": {"type": "string"},
+                    "x-kubernetes-validations": [{"rule": rule.0, "message": rule.1}]});
+                Validator::new().validate(&schema, &map, None).is_ok()
+            };
+            assert_eq!(judged(LABEL_MAP), good, "{map}");
+            assert_eq!(is_label_key(key) && is_label_value(value), good, "{map}");
+            assert_eq!(judged(ANNOTATION_KEYS), is_label_key(key), "{map}");
+            assert_eq!(judged(POD_LABELS), is_free_label(key), "{map}");
+        }
+        for key in ["forebay.io/runtime", "app.kubernetes.io/name", "controller-revision-hash"] {
+            assert!(!is_free_label(key));
+        }
+        assert!(is_free_label("forebay.io.example.com/a"));
     }
 
     fn cel_uri(text: &str) -> bool {
@@ -248,6 +373,12 @@ mod tests {
                     "http://a b",
                     "HTTP://a",
                 ],
+            ),
+            (
+                AMOUNT,
+                is_amount,
+                &["1", "0", "500m", "1.5Gi", "1.", ".5", "2e3", "2E-3", "1E", "100n"],
+                &["", ".", "-1", "+1", "1.2.3", "1GB", "1 Gi", "1e", "e3", "m", "1K"],
             ),
             (REGION, is_region, &["us-east-1", "auto"], &["", "US", "a b", "eu_west"]),
         ];

@@ -1,10 +1,11 @@
 //! The CRDs, as `kube` derives them from the types, made to look like those of Kubernetes itself.
 //!
 //! What changes: optional fields are not nullable (an empty `quota:` is a mistake, not a value), integer formats are
-//! those that Kubernetes knows, and descriptions are not broken where the lines of our comments are.
+//! those that Kubernetes knows, descriptions are not broken where the lines of our comments are, and lists that say
+//! nothing of it are replaced as a whole.
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
-    CustomResourceDefinition, JSONSchemaProps, JSONSchemaPropsOrArray,
+    CustomResourceDefinition, JSONSchemaProps, JSONSchemaPropsOrArray, JSONSchemaPropsOrBool,
 };
 use kube::CustomResourceExt;
 
@@ -41,5 +42,9 @@ fn conform(schema: &mut JSONSchemaProps) {
     }
     if let Some(JSONSchemaPropsOrArray::Schema(items)) = &mut schema.items {
         conform(items);
+        schema.x_kubernetes_list_type.get_or_insert_with(|| "atomic".into());
+    }
+    if let Some(JSONSchemaPropsOrBool::Schema(values)) = &mut schema.additional_properties {
+        conform(values);
     }
 }

@@ -270,6 +270,17 @@ impl Chunk {
         Err(ReadError::Corrupt)
     }
 
+    /// Checks what is held of the blocks, also if this process wrote it, and drops what is damaged: for when a receiver
+    /// got something else than was written. Takes the time to read them, and when one is bad to copy the chunk.
+    pub fn verify_again(&self, first: u32, count: u32) {
+        let (file, epoch, blocks) = {
+            let state = self.state.lock();
+            let Some(body) = &state.body else { return };
+            (Arc::clone(&body.file), state.epoch, state.valid.within(first, count))
+        };
+        self.verify(&file, epoch, &blocks);
+    }
+
     /// Drops blocks that a reader found damaged. The other valid blocks are verified and kept, in a fresh file.
     pub fn invalidate(&self, first: u32, count: u32) {
         let (epoch, blocks) = {
@@ -516,10 +527,15 @@ impl Chunk {
             return;
         };
         let lost = self.layout.bytes_in(&good) - self.layout.bytes_in(&kept);
+        let more = good.count() - kept.count();
         state.valid = kept;
         state.suspect.clear();
         state.body = Some(Body { file: Arc::new(file), order: body.order });
         drop(state);
+        if more > 0 {
+            // Nobody had read them yet.
+            self.shared.found_corrupt(self.slot, self.key, more);
+        }
         self.shared.shrink(self.name, body.order, bad_bytes + lost);
         self.trust(body.order);
     }

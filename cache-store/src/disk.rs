@@ -1,7 +1,7 @@
 //! Whether the disk takes bytes.
 //!
 //! Three things stop admission: a write that failed (for a pause, then writes are tried again), a file system that is
-//! nearly full (until it no longer is), and a directory that was removed (until it was made again). None of them stops
+//! nearly full (until it no longer is), and a directory that is gone (until one is there again). None of them stops
 //! reading.
 
 use std::io;

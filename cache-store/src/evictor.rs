@@ -29,6 +29,8 @@ const MAX_ROUNDS: usize = 8;
 pub(crate) struct Signals {
     state: Mutex<State>,
     wake: Condvar,
+    /// The sweeper's.
+    sweep: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -39,6 +41,8 @@ struct State {
     superseded: VecDeque<(Instant, FileIdentity)>,
     /// Since when the directory is gone.
     lost: Option<Instant>,
+    /// A sweep is asked for.
+    sweep: bool,
 }
 
 impl Signals {
@@ -251,19 +255,29 @@ impl Shared {
         victims.into_iter().filter(|_| !self.stopping()).filter(|key| gone(*key)).count() as u64
     }
 
-    /// Notices that the directory was removed, gives up what it held, and makes it again.
+    /// Notices that the directory was removed or moved away, and makes it again. What it held is given up only then, or
+    /// when it cannot come back: until then it may, and what is open can be read meanwhile.
     fn watch_directory(&self) {
         let Some(root) = self.root() else { return };
-        let Some(loss) = root.loss() else { return };
         let path = root.path().to_owned();
+        let loss = match root.loss() {
+            Ok(Some(loss)) => loss,
+            Ok(None) => {
+                if self.signals.state.lock().lost.is_some() {
+                    self.regain("the cache directory is back");
+                }
+                return;
+            }
+            Err(_) => return,
+        };
         let since = *self.signals.state.lock().lost.get_or_insert_with(|| {
             tracing::warn!(path = %path.display(), "the cache directory was removed; nothing is cached meanwhile");
             Instant::now()
         });
         self.disk.set_lost(Some(format!("cache directory {} was removed", path.display())));
-        for name in self.catalog.select(|name, _| Some(name)) {
-            let _name = self.stripe(name);
-            self.vanish(name, None);
+        if loss == (Loss::Directory { deleted: true }) {
+            // Open files would keep its space.
+            self.give_up_all();
         }
         // Whoever is removing it shall not find it growing again.
         if since.elapsed() < self.tuning.tick {
@@ -271,23 +285,67 @@ impl Shared {
         }
         let remade = match loss {
             Loss::Chunks => root.make_chunks().map_err(|error| error.to_string()),
-            Loss::Directory => Root::open(&path, &self.owner).map_err(|error| error.to_string()).map(|fresh| {
+            Loss::Directory { .. } => Root::open(&path, &self.owner).map_err(|error| error.to_string()).map(|fresh| {
                 fresh.empty_trash();
                 self.set_root(Some(Arc::new(fresh)));
                 self.index.reopen();
             }),
         };
+        // Where not even a directory can be made, the disk may be full of what is deleted but open.
+        if remade.is_ok() || loss == Loss::Chunks {
+            self.give_up_all();
+        }
         match remade {
-            Ok(()) => {
-                self.disk.set_lost(None);
-                self.signals.state.lock().lost = None;
-                tracing::info!(path = %path.display(), "the cache directory was made again");
-            }
+            Ok(()) => self.regain("the cache directory was made again"),
             Err(reason) => {
                 let problem =
                     format!("cache directory {} was removed and cannot be made again: {reason}", path.display());
                 self.disk.set_lost(Some(problem));
             }
+        }
+    }
+
+    /// Gives up every chunk; a pinned one keeps its place.
+    fn give_up_all(&self) {
+        for name in self.catalog.select(|name, _| Some(name)) {
+            let _name = self.stripe(name);
+            self.vanish(name, None);
+        }
+    }
+
+    /// The directory is there again, with files that the catalog may not know, and without some that it knows.
+    fn regain(&self, how: &'static str) {
+        {
+            let mut state = self.signals.state.lock();
+            state.lost = None;
+            state.sweep = true;
+            // Before anything is admitted: a file that the catalog does not know yet is found, not made anew.
+            self.unswept.store(true, Ordering::Release);
+            self.sweeping.store(true, Ordering::Release);
+        }
+        self.signals.sweep.notify_one();
+        self.disk.set_lost(None);
+        if let Some(root) = self.root() {
+            tracing::info!(path = %root.path().display(), "{how}");
+        }
+    }
+
+    /// Waits until a sweep is asked for; `false` when the store stops.
+    pub(crate) fn await_sweep(&self) -> bool {
+        let mut state = self.signals.state.lock();
+        while !state.sweep && !self.stopping() {
+            self.signals.sweep.wait(&mut state);
+        }
+        state.sweep = false;
+        !self.stopping()
+    }
+
+    /// Ends a sweep, unless another one was asked for meanwhile.
+    pub(crate) fn swept(&self, complete: bool) {
+        let state = self.signals.state.lock();
+        if !state.sweep {
+            self.unswept.store(!complete, Ordering::Release);
+            self.sweeping.store(false, Ordering::Release);
         }
     }
 
@@ -314,10 +372,11 @@ impl Shared {
         }
     }
 
-    /// Wakes the evictor so that it sees that the store stops.
-    pub(crate) fn stop_evicting(&self) {
+    /// Wakes the evictor and the sweeper so that they see that the store stops.
+    pub(crate) fn stop_threads(&self) {
         self.stopping.store(true, Ordering::Release);
         self.signals.kick();
+        self.signals.sweep.notify_one();
     }
 }
 

@@ -11,8 +11,10 @@
 //! Synchronous, and of moderate cost: no call waits for a lock that is held over another chunk's I/O, except for the
 //! 1 in 1,024 that share a name stripe. [`ChunkStore::pin`] waits for a commit.
 //!
-//! Not handled: a file system that loses what it acknowledged while the process lives (clients check what they get),
-//! and access times (no policy needs them yet).
+//! What rots while the process that wrote it lives is not looked for: whoever receives it finds it out, and has it
+//! checked by [`Chunk::verify_again`].
+//!
+//! Not handled: access times (no policy needs them yet).
 
 mod blocks;
 mod catalog;

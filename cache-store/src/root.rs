@@ -48,11 +48,14 @@ pub(crate) struct Root {
     uuid: Uuid,
 }
 
-/// What somebody removed.
+/// What somebody removed or moved away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Loss {
     /// The directory itself; another one may have its name now.
-    Directory,
+    Directory {
+        /// It has no name at all, so it cannot come back.
+        deleted: bool,
+    },
     /// Its `chunks/`.
     Chunks,
 }
@@ -100,21 +103,22 @@ impl Root {
         &self.path
     }
 
-    /// What was removed or replaced under us.
-    pub(crate) fn loss(&self) -> Option<Loss> {
-        let Ok(held) = rustix::fs::fstat(&self.fd) else { return None };
-        let named = match rustix::fs::stat(&self.path) {
-            Ok(named) => named,
-            Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => return Some(Loss::Directory),
-            // That it cannot be looked at does not say that it is gone.
-            Err(_) => return None,
+    /// What was removed or replaced under us. An error says that it cannot be looked at, not that it is gone.
+    pub(crate) fn loss(&self) -> io::Result<Option<Loss>> {
+        use rustix::io::Errno;
+        let held = rustix::fs::fstat(&self.fd)?;
+        let there = match rustix::fs::stat(&self.path) {
+            Ok(named) => (held.st_dev, held.st_ino) == (named.st_dev, named.st_ino),
+            Err(Errno::NOENT | Errno::NOTDIR) => false,
+            Err(error) => return Err(error.into()),
         };
-        if held.st_nlink == 0 || (held.st_dev, held.st_ino) != (named.st_dev, named.st_ino) {
-            return Some(Loss::Directory);
+        if held.st_nlink == 0 || !there {
+            return Ok(Some(Loss::Directory { deleted: held.st_nlink == 0 }));
         }
         match rustix::fs::statat(&self.fd, CHUNKS, AtFlags::SYMLINK_NOFOLLOW) {
-            Err(rustix::io::Errno::NOENT) => Some(Loss::Chunks),
-            _ => None,
+            Ok(_) => Ok(None),
+            Err(Errno::NOENT) => Ok(Some(Loss::Chunks)),
+            Err(error) => Err(error.into()),
         }
     }
 

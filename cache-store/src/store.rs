@@ -92,7 +92,7 @@ pub struct Totals {
     pub dropped_files: u64,
     /// Failures of the disk since the start.
     pub write_failures: u64,
-    /// The directory tree is being compared with the index, after an unclean end.
+    /// The directory tree is being compared with the index: after an unclean end, or when the directory was away.
     pub sweeping: bool,
     /// Why nothing is cached at the moment, for people.
     pub problem: Option<String>,
@@ -146,7 +146,7 @@ impl ChunkStore {
         *store.writer.lock() = Some(spawn("cache-index", Box::new(write))?);
         let evictor = spawn("cache-evictor", Box::new(|shared| shared.evict_until_stopped()))?;
         store.threads.lock().push(evictor);
-        let sweeper = spawn("cache-sweep", Box::new(|shared| shared.sweep()))?;
+        let sweeper = spawn("cache-sweep", Box::new(|shared| shared.sweep_until_stopped()))?;
         store.threads.lock().push(sweeper);
         Ok(store)
     }
@@ -184,7 +184,8 @@ impl ChunkStore {
     }
 
     /// The chunk, if it is present or, with `create`, would be admitted now. `None` is a bypass: quota, watermark or
-    /// disk; stream without storing. A chunk that is created takes no place before its first block is written.
+    /// disk; stream without storing. A chunk that is created takes no place before its first block is written. One that
+    /// is present is given to be read, so whether it takes more blocks shows only in [`Chunk::write`].
     pub fn chunk(&self, spec: &ChunkSpec, create: bool) -> Option<Arc<Chunk>> {
         let name = Name::from(spec.key);
         if let Some(chunk) = self.shared.open.get(&name).filter(|chunk| !chunk.is_detached()) {
@@ -308,7 +309,7 @@ impl ChunkStore {
         if !self.shared.shut() {
             return;
         }
-        self.shared.stop_evicting();
+        self.shared.stop_threads();
         for thread in self.threads.lock().drain(..) {
             // A thread that panicked has said so.
             let _ = thread.join();

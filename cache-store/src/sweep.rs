@@ -1,4 +1,5 @@
-//! After an unclean end: makes catalog and directory tree agree, directory by directory, in the background.
+//! After an unclean end, and when the directory was away: makes catalog and directory tree agree, directory by directory,
+//! in the background.
 //!
 //! Entries without a file go (a pinned chunk keeps its place), files without an entry are taken in if they are good and
 //! fit, and deleted if not; the bytes of every entry are those that its file has. A chunk that somebody opened meanwhile
@@ -17,30 +18,35 @@ use crate::shared::Shared;
 const FLUSH_DEADLINE: Duration = Duration::from_secs(10);
 
 impl Shared {
-    /// The sweep thread's body.
-    pub(crate) fn sweep(&self) {
+    /// The sweep thread's body: returns when the store stops.
+    pub(crate) fn sweep_until_stopped(&self) {
         if let Some(root) = self.root() {
             root.empty_trash();
         }
         if self.unswept.load(Ordering::Acquire) {
-            let mut complete = true;
-            for directory in 0..DIRECTORIES {
-                complete &= self.sweep_directory(directory);
-                if self.stopping() {
-                    return;
-                }
-            }
-            // What was found, pins among it, shall not have to be found again.
-            if let Err(reason) = self.index.flush(FLUSH_DEADLINE) {
-                tracing::warn!(reason, "the rebuilt cache index is not written yet");
-            }
-            if complete {
-                self.unswept.store(false, Ordering::Release);
-            } else {
-                tracing::warn!("the cache directory could not be swept in full; the next start tries again");
+            self.sweep();
+        }
+        while self.await_sweep() {
+            self.sweep();
+        }
+    }
+
+    fn sweep(&self) {
+        let mut complete = true;
+        for directory in 0..DIRECTORIES {
+            complete &= self.sweep_directory(directory);
+            if self.stopping() {
+                return;
             }
         }
-        self.sweeping.store(false, Ordering::Release);
+        // What was found, pins among it, shall not have to be found again.
+        if let Err(reason) = self.index.flush(FLUSH_DEADLINE) {
+            tracing::warn!(reason, "the rebuilt cache index is not written yet");
+        }
+        if !complete {
+            tracing::warn!("the cache directory could not be swept in full; the next start tries again");
+        }
+        self.swept(complete);
     }
 
     /// Whether everything in it could be judged.

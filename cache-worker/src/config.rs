@@ -5,15 +5,18 @@ use std::{
     net::SocketAddr,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use forebay_protocol::{
     DatasetId,
-    handshake::RuntimeKey,
-    table::{MAX_MEMBERS, WorkerTable},
+    handshake::{KeyFileError, RuntimeKey},
+    table::{MAX_MEMBERS, Member, WorkerTable},
 };
 use forebay_under_store::{Limits, SourceSpec};
 use serde::{Deserialize, Serialize};
+
+use crate::dataset::SourceProblem;
 
 /// Largest table or datasets file: 4,096 members or datasets of 1 KiB each, four times.
 const MAX_FILE: u64 = 16 * 1024 * 1024;
@@ -40,9 +43,10 @@ pub struct WorkerOptions {
     pub high_percent: u8,
     /// Fill level at which eviction ends.
     pub low_percent: u8,
-    /// The worker table (JSON).
+    /// The worker table, a [`TableFile`]. One that is not there yet is waited for.
     pub table: PathBuf,
-    /// The datasets to serve, a [`DatasetsFile`]. It holds credentials: nobody else may read it.
+    /// The datasets to serve, a [`DatasetsFile`]. It holds credentials: nobody else may read it. One that is not there
+    /// yet is waited for.
     pub datasets: PathBuf,
     /// The runtime's key: 64 hexadecimal digits.
     pub key_file: PathBuf,
@@ -50,6 +54,9 @@ pub struct WorkerOptions {
     pub limits: Limits,
     /// Bytes of file contents that may be in memory at once.
     pub memory_budget: u64,
+    /// How long it goes on serving, at most, when it is told to stop: until the table and everybody's requests go
+    /// elsewhere.
+    pub drain: Duration,
 }
 
 impl Default for WorkerOptions {
@@ -68,8 +75,22 @@ impl Default for WorkerOptions {
             key_file: PathBuf::new(),
             limits: Limits::default(),
             memory_budget: 256 << 20,
+            drain: Duration::ZERO,
         }
     }
+}
+
+/// A worker table, and whose it is. A [`WorkerTable`] is one, too.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TableFile {
+    /// As in [`WorkerTable`].
+    pub epoch: u64,
+    /// As in [`WorkerTable`].
+    pub members: Vec<Member>,
+    /// UID of the CacheRuntime; empty outside a cluster. Epochs are compared within one.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub runtime_uid: String,
 }
 
 /// The datasets that a worker serves.
@@ -108,6 +129,9 @@ pub struct SourceConfig {
     pub path: String,
     /// What it is.
     pub spec: SourceSpec,
+    /// Why it cannot be used, if whoever wrote this knows: then it is not asked, and answers with this message.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<SourceProblem>,
 }
 
 /// What is admitted and evicted.
@@ -140,6 +164,11 @@ pub enum ConfigError {
 }
 
 impl ConfigError {
+    /// Whether the file is not there.
+    pub(crate) fn is_missing(&self) -> bool {
+        matches!(self, Self::Read { source, .. } if source.kind() == std::io::ErrorKind::NotFound)
+    }
+
     fn invalid(path: &Path, message: impl Into<String>) -> Self {
         Self::Invalid { path: path.to_owned(), message: message.into() }
     }
@@ -154,19 +183,19 @@ fn read(path: &Path) -> Result<Vec<u8>, ConfigError> {
     fs::read(path).map_err(failed)
 }
 
-/// Reads and checks a worker table.
-pub(crate) fn read_table(path: &Path) -> Result<WorkerTable, ConfigError> {
-    let table: WorkerTable =
+/// Reads and checks a worker table; gives the runtime's UID as well.
+pub(crate) fn read_table(path: &Path) -> Result<(WorkerTable, String), ConfigError> {
+    let TableFile { epoch, members, runtime_uid } =
         serde_json::from_slice(&read(path)?).map_err(|error| ConfigError::invalid(path, error.to_string()))?;
-    if table.members.len() > MAX_MEMBERS {
+    if members.len() > MAX_MEMBERS {
         return Err(ConfigError::invalid(path, format!("more than {MAX_MEMBERS} members")));
     }
-    let mut names: Vec<&str> = table.members.iter().map(|member| member.name.as_str()).collect();
+    let mut names: Vec<&str> = members.iter().map(|member| member.name.as_str()).collect();
     names.sort_unstable();
     if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
         return Err(ConfigError::invalid(path, format!("member '{}' stands twice", twice[0])));
     }
-    Ok(table)
+    Ok((WorkerTable { epoch, members }, runtime_uid))
 }
 
 /// Reads and checks the datasets. The message of an error never shows contents: they include credentials.
@@ -194,11 +223,10 @@ pub(crate) fn read_datasets(path: &Path) -> Result<Vec<DatasetConfig>, ConfigErr
 
 /// Reads the runtime's key.
 pub(crate) fn read_key(path: &Path) -> Result<RuntimeKey, ConfigError> {
-    let mut key = [0u8; 32];
-    let text = read(path)?;
-    hex::decode_to_slice(text.trim_ascii(), &mut key)
-        .map_err(|_| ConfigError::invalid(path, "a key has 64 hexadecimal digits"))?;
-    Ok(RuntimeKey::new(key))
+    RuntimeKey::read(path).map_err(|error| match error {
+        KeyFileError::Read { path, source } => ConfigError::Read { path, source },
+        KeyFileError::Invalid { path } => ConfigError::invalid(&path, "a key is 64 hexadecimal digits"),
+    })
 }
 
 #[cfg(test)]
@@ -229,13 +257,16 @@ mod tests {
         assert!(!read_datasets(&path).unwrap_err().to_string().contains("hunter2"));
 
         let key = dir.path().join("key");
-        fs::write(&key, format!("{}\n", "0f".repeat(32))).unwrap();
-        assert_eq!(read_key(&key).unwrap().expose(), &[0x0f; 32]);
         fs::write(&key, "0f").unwrap();
-        assert!(read_key(&key).is_err());
+        assert!(matches!(read_key(&key), Err(ConfigError::Invalid { .. })));
 
         let table = dir.path().join("table.json");
         fs::write(&table, r#"{"epoch":1,"members":[{"name":"a","address":""},{"name":"a","address":""}]}"#).unwrap();
         assert!(read_table(&table).unwrap_err().to_string().contains("stands twice"));
+        fs::write(&table, r#"{"epoch":1,"members":[]}"#).unwrap();
+        assert_eq!(read_table(&table).unwrap(), (WorkerTable { epoch: 1, members: vec![] }, String::new()));
+        fs::write(&table, r#"{"epoch":1,"members":[],"runtimeUid":"u"}"#).unwrap();
+        assert_eq!(read_table(&table).unwrap().1, "u");
+        assert!(read_table(&dir.path().join("none")).unwrap_err().is_missing());
     }
 }

@@ -1,25 +1,29 @@
-//! The datasets that this worker serves.
+//! A dataset that this worker serves.
 
-use std::{collections::HashMap, fmt, future::Future, sync::Arc};
+mod problem;
+mod source;
+mod store;
 
-use bytes::Bytes;
-use forebay_cache_store::{ChunkStore, DatasetPolicy, DatasetUsage};
-use forebay_metadata::{DatasetIndex, DatasetOptions, Index, MetadataError, Namespace, NamespaceError, Source};
+use std::{fmt, future::Future, sync::Arc};
+
+use forebay_cache_store::DatasetUsage;
+use forebay_metadata::{DatasetIndex, DatasetOptions, Index, MetadataError, Namespace, NamespaceError};
 use forebay_protocol::{BLOCK_SIZE, DatasetId, DatasetPath, FileIdentity, InvalidPath, worker::ScanProgress};
-use forebay_under_store::{Limits, StoreError, open};
+use forebay_under_store::{Limits, Requests};
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
-use xxhash_rust::xxh3::Xxh3;
+use tracing::{info, warn};
 
+pub use self::problem::SourceProblem;
+use self::source::{Source, SourceOpener};
 use crate::{
-    config::{DatasetConfig, Policy},
+    config::{DatasetConfig, SourceConfig},
     fill::{FillError, Pools, Wanted},
     metrics::{DatasetMetrics, Metrics, level, set},
 };
 
-/// Why a dataset cannot be served.
+/// Why a dataset cannot be served. A source that cannot be used is no reason: the others are served.
 #[derive(Debug, Clone, thiserror::Error)]
 pub(crate) enum DatasetError {
     /// Its configuration is wrong.
@@ -30,20 +34,48 @@ pub(crate) enum DatasetError {
         /// Why it is no path.
         source: InvalidPath,
     },
-    /// A source cannot be what it says.
-    #[error("source {uri}: {source}")]
-    Source {
-        /// As configured; without credentials.
-        uri: String,
-        /// Why.
-        source: StoreError,
-    },
     /// The sources do not fit together.
     #[error(transparent)]
     Namespace(#[from] NamespaceError),
     /// The index does not open.
     #[error(transparent)]
     Metadata(#[from] MetadataError),
+}
+
+/// What takes up datasets.
+pub(crate) struct Opener {
+    sources: SourceOpener,
+    metadata: Arc<Index>,
+    metrics: Arc<Metrics>,
+}
+
+impl Opener {
+    pub(crate) fn new(limits: Limits, metadata: Arc<Index>, metrics: Arc<Metrics>) -> Self {
+        Self { sources: SourceOpener::new(limits), metadata, metrics }
+    }
+
+    /// The sources of a configuration: those of `before` that are still meant, and new ones.
+    fn sources(&self, configs: &[SourceConfig], before: &[Arc<Source>]) -> Result<Vec<Arc<Source>>, DatasetError> {
+        let mut sources = Vec::with_capacity(configs.len());
+        for config in configs {
+            let known = before.iter().find(|source| source.config == *config).cloned();
+            sources.push(match known {
+                Some(source) => source,
+                None => self.sources.open(config.clone())?,
+            });
+        }
+        sources.sort_by_key(|source| std::cmp::Reverse(source.path.as_bytes().len()));
+        Ok(sources)
+    }
+}
+
+fn namespace(sources: &[Arc<Source>]) -> Result<Arc<Namespace>, NamespaceError> {
+    let sources = sources.iter().map(|source| forebay_metadata::Source {
+        path: source.path.clone(),
+        store: source.store.clone(),
+        fingerprint: source.fingerprint(),
+    });
+    Ok(Arc::new(Namespace::new(sources.collect())?))
 }
 
 /// A dataset that is served.
@@ -56,13 +88,17 @@ pub(crate) struct Dataset {
     config: Mutex<DatasetConfig>,
     pub(crate) index: Arc<DatasetIndex>,
     /// By mount path, longest first.
-    pools: Vec<(DatasetPath, Pools)>,
+    sources: RwLock<Arc<[Arc<Source>]>>,
+    /// What was asked of sources that it no longer has.
+    retired: Mutex<Requests>,
     pub(crate) metrics: DatasetMetrics,
     closed: CancellationToken,
     /// Why the last fetch of file contents failed, if it did.
     problem: Mutex<Option<String>>,
     /// The scan that this worker coordinates, if it does.
     pub(crate) scan: watch::Sender<Option<ScanProgress>>,
+    /// What was scanned is no longer all that there is.
+    pub(crate) rescan: Notify,
 }
 
 impl fmt::Debug for Dataset {
@@ -72,53 +108,89 @@ impl fmt::Debug for Dataset {
 }
 
 impl Dataset {
-    async fn open(
-        config: DatasetConfig,
-        limits: &Limits,
-        metadata: &Arc<Index>,
-        metrics: &Metrics,
-    ) -> Result<Self, DatasetError> {
-        let mut sources = Vec::new();
-        let mut pools = Vec::new();
-        let mut fingerprint = Xxh3::new();
-        for source in &config.sources {
-            let path = DatasetPath::parse(Bytes::copy_from_slice(source.path.as_bytes()))
-                .map_err(|error| DatasetError::Path { path: source.path.clone(), source: error })?;
-            let store = open(&source.spec, limits)
-                .map_err(|error| DatasetError::Source { uri: source.spec.uri.clone(), source: error })?;
-            // What decides which objects are listed; credentials do not.
-            for part in [source.path.as_str(), &source.spec.uri, &format!("{:?}", source.spec.s3)] {
-                fingerprint.update(part.as_bytes());
-                fingerprint.update(&[0]);
+    pub(crate) async fn open(config: DatasetConfig, opener: &Opener) -> Result<Self, DatasetError> {
+        let sources = opener.sources(&config.sources, &[])?;
+        let opened = match namespace(&sources) {
+            Ok(namespace) => {
+                DatasetIndex::open(opener.metadata.clone(), config.id, namespace, DatasetOptions::default())
+                    .await
+                    .map_err(DatasetError::from)
             }
-            pools.push((path.clone(), Pools::new(limits)));
-            sources.push(Source { path, store });
-        }
-        pools.sort_by_key(|(path, _)| std::cmp::Reverse(path.as_bytes().len()));
-        let namespace = Arc::new(Namespace::new(sources)?);
-        let options = DatasetOptions { fingerprint: fingerprint.digest(), ..DatasetOptions::default() };
-        let index = DatasetIndex::open(metadata.clone(), config.id, namespace, options).await?;
+            Err(error) => Err(error.into()),
+        };
+        let index = opened.inspect_err(|_| sources.iter().for_each(|source| source.replace()))?;
         Ok(Self {
             id: config.id,
             owner: config.namespace.clone(),
             name: config.name.clone(),
-            metrics: metrics.dataset(&config.namespace, &config.name),
+            metrics: opener.metrics.dataset(&config.namespace, &config.name),
             config: Mutex::new(config),
             index,
-            pools,
+            sources: RwLock::new(sources.into()),
+            retired: Mutex::default(),
             closed: CancellationToken::new(),
             problem: Mutex::new(None),
             scan: watch::Sender::new(None),
+            rescan: Notify::new(),
         })
     }
 
-    pub(crate) fn namespace(&self) -> &Arc<Namespace> {
+    /// How it is configured.
+    pub(crate) fn config(&self) -> DatasetConfig {
+        self.config.lock().clone()
+    }
+
+    /// Takes over another configuration of the same object. Readers of sources that stay notice nothing. After an error
+    /// it is to be called again; until then the old configuration is what [`Self::config`] gives.
+    pub(crate) async fn update(&self, config: DatasetConfig, opener: &Opener) -> Result<(), DatasetError> {
+        let before = self.sources.read().clone();
+        let sources = opener.sources(&config.sources, &before)?;
+        let gone = |old: &[Arc<Source>], new: &[Arc<Source>]| {
+            let gone = old.iter().filter(|source| !new.iter().any(|kept| Arc::ptr_eq(kept, source)));
+            gone.cloned().collect::<Vec<_>>()
+        };
+        let other = match namespace(&sources) {
+            Ok(namespace) => namespace,
+            Err(error) => {
+                gone(&sources, &before).iter().for_each(|source| source.replace());
+                return Err(error.into());
+            }
+        };
+        let gone = gone(&before, &sources);
+        let same_objects = other.fingerprint() == self.namespace().fingerprint();
+        *self.sources.write() = sources.into();
+        let replaced = self.index.replace(other).await;
+        for source in gone {
+            let mut retired = self.retired.lock();
+            *retired = *retired + source.requests();
+            drop(retired);
+            // Only now, so that who is sent away finds its successor.
+            source.replace();
+        }
+        if !same_objects {
+            self.scan.send_replace(None);
+        }
+        // With other credentials a scan that failed may succeed.
+        self.rescan.notify_one();
+        replaced?;
+        info!(dataset = %self.name, sources = config.sources.len(), "serving other sources");
+        *self.config.lock() = config;
+        Ok(())
+    }
+
+    /// Notes terms that have nothing to do with its sources.
+    pub(crate) fn set_terms(&self, config: DatasetConfig) {
+        *self.config.lock() = config;
+    }
+
+    pub(crate) fn namespace(&self) -> Arc<Namespace> {
         self.index.namespace()
     }
 
     /// The pools of the source that answers for `path`; `None` where no source is.
-    pub(crate) fn pools(&self, path: &DatasetPath) -> Option<&Pools> {
-        self.pools.iter().find(|(mount, _)| path.starts_with(mount)).map(|(_, pools)| pools)
+    pub(crate) fn pools(&self, path: &DatasetPath) -> Option<Arc<Pools>> {
+        let sources = self.sources.read();
+        sources.iter().find(|source| path.starts_with(&source.path)).map(|source| source.pools.clone())
     }
 
     /// Ready when the dataset is no longer served (in this form).
@@ -129,6 +201,7 @@ impl Dataset {
     /// Ends what is done for it, and waits for its listings' end.
     pub(crate) async fn close(&self) {
         self.closed.cancel();
+        self.sources.read().iter().for_each(|source| source.replace());
         self.index.close().await;
     }
 
@@ -163,15 +236,27 @@ impl Dataset {
         }
     }
 
-    /// What is wrong with its sources; empty when nothing is.
-    pub(crate) fn source_problem(&self) -> String {
-        let answered = self.problem.lock().clone().or_else(|| self.index.source_problem());
-        answered.or_else(|| self.index.store_problem()).unwrap_or_default()
+    /// What is wrong with its sources: the first that has a problem, in the order of paths.
+    pub(crate) fn source_problem(&self) -> Option<SourceProblem> {
+        let sources = self.sources.read().clone();
+        let mut sources: Vec<_> = sources.iter().collect();
+        sources.sort_by_key(|source| &source.path);
+        sources.into_iter().find_map(|source| source.problem())
+    }
+
+    /// Asks its sources whether they are there.
+    pub(crate) fn check_sources(&self) {
+        self.sources.read().iter().for_each(|source| source.check_soon());
+    }
+
+    /// What was asked of its sources since the start.
+    pub(crate) fn requests(&self) -> Requests {
+        *self.retired.lock() + self.index.requests()
     }
 
     /// Copies what other crates count.
     pub(crate) fn sample_metrics(&self, usage: &DatasetUsage) {
-        let requests = self.index.requests();
+        let requests = self.requests();
         let m = &self.metrics;
         set(&m.store_gets, requests.gets);
         set(&m.store_lists, requests.lists);
@@ -188,156 +273,5 @@ impl Dataset {
     /// The name of a version of a file of this dataset.
     pub(crate) fn identity(&self, path: &DatasetPath, version: &forebay_protocol::FileVersion) -> FileIdentity {
         version.identity(self.id, path)
-    }
-}
-
-fn policy(config: &DatasetConfig) -> DatasetPolicy {
-    let policy = match config.policy {
-        Policy::Hold => forebay_cache_store::Policy::Hold,
-    };
-    DatasetPolicy { policy, quota: config.quota }
-}
-
-/// What [`Datasets::apply`] did.
-#[derive(Debug, Default)]
-pub(crate) struct Applied {
-    /// Datasets that are served anew, for those who do something for each.
-    pub(crate) opened: Vec<Arc<Dataset>>,
-    /// Whether some cannot be served; worth another try.
-    pub(crate) incomplete: bool,
-}
-
-/// Everything that is served.
-pub(crate) struct Datasets {
-    served: RwLock<HashMap<DatasetId, Arc<Dataset>>>,
-    /// Why configured datasets are not served.
-    failed: RwLock<HashMap<DatasetId, String>>,
-    applying: tokio::sync::Mutex<()>,
-    limits: Limits,
-    store: Arc<ChunkStore>,
-    metadata: Arc<Index>,
-    metrics: Arc<Metrics>,
-}
-
-impl Datasets {
-    pub(crate) fn new(limits: Limits, store: Arc<ChunkStore>, metadata: Arc<Index>, metrics: Arc<Metrics>) -> Self {
-        Self {
-            served: RwLock::default(),
-            failed: RwLock::default(),
-            applying: tokio::sync::Mutex::new(()),
-            limits,
-            store,
-            metadata,
-            metrics,
-        }
-    }
-
-    pub(crate) fn get(&self, id: &DatasetId) -> Option<Arc<Dataset>> {
-        self.served.read().get(id).cloned()
-    }
-
-    pub(crate) fn all(&self) -> Vec<Arc<Dataset>> {
-        let mut all: Vec<_> = self.served.read().values().cloned().collect();
-        all.sort_by(|a, b| (&a.owner, &a.name).cmp(&(&b.owner, &b.name)));
-        all
-    }
-
-    /// Why a dataset is not served.
-    pub(crate) fn why_not(&self, id: &DatasetId) -> String {
-        match self.failed.read().get(id) {
-            Some(why) => format!("dataset {id} cannot be served: {why}"),
-            None => format!("this worker does not serve dataset {id}"),
-        }
-    }
-
-    /// Serves exactly these from now on. A dataset that is gone loses its cached bytes; one whose sources changed is
-    /// taken up again; one that cannot be served stays as it was, if it was.
-    pub(crate) async fn apply(&self, configs: Vec<DatasetConfig>) -> Applied {
-        let _one_at_a_time = self.applying.lock().await;
-        let mut applied = Applied::default();
-        let gone: Vec<Arc<Dataset>> = {
-            let mut served = self.served.write();
-            let gone: Vec<DatasetId> =
-                served.keys().filter(|id| !configs.iter().any(|config| config.id == **id)).copied().collect();
-            gone.iter().filter_map(|id| served.remove(id)).collect()
-        };
-        for dataset in gone {
-            info!(dataset = %dataset.name, id = %dataset.id, "no longer served; its cache is dropped");
-            self.forget(&dataset).await;
-        }
-        // Those that were taken away while this worker was not running.
-        for id in self.store.datasets() {
-            if self.get(&id).is_none() && !configs.iter().any(|config| config.id == id) {
-                self.store.forget_dataset(id);
-                self.forget_listings(id).await;
-            }
-        }
-        self.failed.write().retain(|id, _| configs.iter().any(|config| config.id == *id));
-        for config in configs {
-            match self.apply_one(config.clone()).await {
-                Ok(opened) => {
-                    self.failed.write().remove(&config.id);
-                    applied.opened.extend(opened);
-                }
-                Err(error) => {
-                    applied.incomplete = true;
-                    let text = error.to_string();
-                    let known = self.failed.write().insert(config.id, text.clone());
-                    if known.as_ref() != Some(&text) {
-                        error!(dataset = %config.name, %error, "the dataset cannot be served");
-                    }
-                }
-            }
-        }
-        applied
-    }
-
-    async fn apply_one(&self, config: DatasetConfig) -> Result<Option<Arc<Dataset>>, DatasetError> {
-        let policy = policy(&config);
-        if let Some(current) = self.get(&config.id) {
-            let mut known = current.config.lock();
-            let same =
-                known.sources == config.sources && known.name == config.name && known.namespace == config.namespace;
-            if same {
-                if *known != config {
-                    self.store.set_dataset(config.id, policy);
-                    *known = config;
-                }
-                return Ok(None);
-            }
-        }
-        if let Some(current) = self.get(&config.id) {
-            // Readers are told to try again; one index may not be open twice.
-            self.served.write().remove(&config.id);
-            current.close().await;
-            self.metrics.forget_dataset(&current.owner, &current.name);
-        }
-        let id = config.id;
-        let dataset = Arc::new(Dataset::open(config, &self.limits, &self.metadata, &self.metrics).await?);
-        self.store.set_dataset(id, policy);
-        self.served.write().insert(id, dataset.clone());
-        info!(dataset = %dataset.name, namespace = %dataset.owner, %id, "serving");
-        Ok(Some(dataset))
-    }
-
-    async fn forget(&self, dataset: &Arc<Dataset>) {
-        dataset.close().await;
-        self.forget_listings(dataset.id).await;
-        self.store.forget_dataset(dataset.id);
-        self.metrics.forget_dataset(&dataset.owner, &dataset.name);
-    }
-
-    async fn forget_listings(&self, id: DatasetId) {
-        if let Err(error) = self.metadata.forget_dataset(id).await {
-            warn!(dataset = %id, %error, "its listings were not forgotten");
-        }
-    }
-
-    /// Ends what is done for them; they stay on disk.
-    pub(crate) async fn close(&self) {
-        let all: Vec<_> = self.served.write().drain().map(|(_, dataset)| dataset).collect();
-        for dataset in all {
-            dataset.close().await;
-        }
     }
 }

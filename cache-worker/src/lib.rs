@@ -5,7 +5,7 @@
 //! - `data`: the data server; `fill`: the engine that fetches what is not held;
 //! - `grpc`: the Metadata and Control services; `load`, `scan`, `notices`: what they do that takes long, and what workers
 //!   tell each other;
-//! - `dataset`, `members`, `reload`: what is served, by whom, and how that changes;
+//! - `dataset`, `datasets`, `members`, `reload`: what is served, by whom, and how that changes;
 //! - `metrics`, `http`: what can be observed.
 //!
 //! Not handled here: how bytes lie on disk (`forebay-cache-store`), how listings do (`forebay-metadata`), who starts
@@ -14,6 +14,7 @@
 mod config;
 mod data;
 mod dataset;
+mod datasets;
 mod fill;
 mod grpc;
 mod http;
@@ -26,5 +27,6 @@ mod reload;
 mod scan;
 mod worker;
 
-pub use config::{ConfigError, DatasetConfig, DatasetsFile, Policy, SourceConfig, WorkerOptions};
+pub use config::{ConfigError, DatasetConfig, DatasetsFile, Policy, SourceConfig, TableFile, WorkerOptions};
+pub use dataset::SourceProblem;
 pub use worker::{RunningWorker, run};

@@ -8,7 +8,8 @@ use forebay_protocol::{
     handshake::RuntimeKey,
     identity::directory_placement_key,
     placement::Placement,
-    table::{Member, WorkerTable},
+    table::{Member, MemberState, WorkerTable},
+    worker::TableResponse,
 };
 use parking_lot::{Mutex, RwLock};
 use tokio::{sync::watch, time::timeout};
@@ -21,6 +22,8 @@ const CANDIDATES: usize = 3;
 
 struct Placed {
     table: Arc<WorkerTable>,
+    /// UID of the runtime whose table it is; empty outside a cluster.
+    runtime: String,
     placement: Placement,
 }
 
@@ -35,9 +38,9 @@ pub(crate) struct Members {
 }
 
 impl Members {
-    pub(crate) fn new(own_name: String, key: RuntimeKey, table: WorkerTable) -> Self {
+    pub(crate) fn new(own_name: String, key: RuntimeKey, table: WorkerTable, runtime: String) -> Self {
         let table = Arc::new(table);
-        let placed = Placed { table: table.clone(), placement: Placement::new(&table) };
+        let placed = Placed { table: table.clone(), runtime, placement: Placement::new(&table) };
         Self {
             own_name,
             key,
@@ -47,15 +50,15 @@ impl Members {
         }
     }
 
-    /// A new table; an older one is ignored.
-    pub(crate) fn set(&self, table: WorkerTable) {
+    /// A new table; an older one of the same runtime is ignored.
+    pub(crate) fn set(&self, table: WorkerTable, runtime: String) {
         let table = Arc::new(table);
         {
             let mut placed = self.placed.write();
-            if table.epoch < placed.table.epoch {
+            if runtime == placed.runtime && table.epoch < placed.table.epoch {
                 return;
             }
-            *placed = Arc::new(Placed { table: table.clone(), placement: Placement::new(&table) });
+            *placed = Arc::new(Placed { table: table.clone(), runtime, placement: Placement::new(&table) });
         }
         self.channels.lock().retain(|address, _| table.members.iter().any(|member| member.address == *address));
         self.table.send_replace(table);
@@ -63,6 +66,12 @@ impl Members {
 
     pub(crate) fn table(&self) -> Arc<WorkerTable> {
         self.placed.read().table.clone()
+    }
+
+    /// The table as clients get it.
+    pub(crate) fn to_wire(&self) -> TableResponse {
+        let placed = self.placed.read().clone();
+        placed.table.to_wire(&placed.runtime)
     }
 
     pub(crate) fn subscribe(&self) -> watch::Receiver<Arc<WorkerTable>> {
@@ -76,6 +85,12 @@ impl Members {
     /// Whether the table names this worker.
     pub(crate) fn has_self(&self) -> bool {
         self.table().members.iter().any(|member| self.is_self(member))
+    }
+
+    /// Whether the table gives this worker a share of the data.
+    pub(crate) fn counts_on_self(&self) -> bool {
+        let serves = |member: &Member| self.is_self(member) && member.state == MemberState::Serving;
+        self.table().members.iter().any(serves)
     }
 
     /// All members but this one.
@@ -142,8 +157,6 @@ pub(crate) enum Candidate {
 
 #[cfg(test)]
 mod tests {
-    use forebay_protocol::table::MemberState;
-
     use super::*;
 
     fn table(epoch: u64, names: &[&str]) -> WorkerTable {
@@ -158,20 +171,24 @@ mod tests {
 
     #[test]
     fn a_worker_always_is_a_candidate_and_old_tables_are_ignored() {
-        let members = Members::new("w".into(), RuntimeKey::generate(), table(1, &[]));
+        let members = Members::new("w".into(), RuntimeKey::generate(), table(1, &[]), "u".into());
         let root = DatasetPath::root();
         let id = DatasetId::local("n", "d");
         assert!(members.owns(7));
         assert!(matches!(members.directory_order(id, &root)[..], [Candidate::Here]));
-        members.set(table(3, &["a", "b", "c", "d"]));
+        members.set(table(3, &["a", "b", "c", "d"]), "u".into());
         assert!(!members.owns(7));
         let order = members.directory_order(id, &root);
         assert_eq!(order.len(), 4);
         assert!(matches!(order[3], Candidate::Here));
-        members.set(table(2, &["w"]));
+        members.set(table(2, &["w"]), "u".into());
         assert_eq!(members.table().epoch, 3);
-        members.set(table(4, &["w"]));
-        assert!(members.owns(7));
+        members.set(table(4, &["w"]), "u".into());
+        assert!(members.owns(7) && members.counts_on_self());
         assert!(members.others().is_empty());
+        // A runtime that was made again begins anew.
+        members.set(table(1, &["a"]), "v".into());
+        assert_eq!((members.to_wire().epoch, members.to_wire().runtime_uid.as_str()), (1, "v"));
+        assert!(!members.counts_on_self());
     }
 }

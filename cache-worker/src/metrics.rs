@@ -373,7 +373,7 @@ impl DatasetFamilies {
 
 #[cfg(test)]
 mod tests {
-    use std::{fmt::Write, fs, path::Path};
+    use std::{fs, path::Path};
 
     use super::*;
 
@@ -387,29 +387,9 @@ mod tests {
             "# Metrics of a worker\n\n\
              Generated from `cache-worker/src/metrics.rs` (`UPDATE_DOCS=1 cargo test -p forebay-cache-worker metrics`).\n\
              Served in the OpenMetrics text format on `/metrics` of the worker's metrics address, beside `/healthz`\n\
-             (the process answers) and `/readyz` (it serves).\n\n\
-             | metric | type | labels | meaning |\n|---|---|---|---|\n",
+             (the process answers) and `/readyz` (it serves).\n\n",
         );
-        let lines: Vec<&str> = text.lines().collect();
-        for line in &lines {
-            let Some((name, help)) = line.strip_prefix("# HELP ").and_then(|rest| rest.split_once(' ')) else {
-                continue;
-            };
-            let kind = lines.iter().find_map(|line| line.strip_prefix(&format!("# TYPE {name} "))).unwrap();
-            let sample = lines
-                .iter()
-                .find(|line| line.starts_with(name) && line[name.len()..].starts_with(['{', ' ', '_']))
-                .unwrap();
-            let sample_name = &sample[..sample.find(['{', ' ']).unwrap()];
-            let labels: Vec<&str> = match (sample.find('{'), sample.find('}')) {
-                (Some(open), Some(close)) => {
-                    sample[open + 1..close].split(',').map(|label| label.split('=').next().unwrap()).collect()
-                }
-                _ => Vec::new(),
-            };
-            writeln!(page, "| `{sample_name}` | {kind} | {} | {} |", labels.join(", "), help.trim_end_matches('.'))
-                .unwrap();
-        }
+        page.push_str(&forebay_exposition::table(&text));
         page
     }
 

@@ -90,11 +90,14 @@ pub(crate) async fn table(worker: Arc<Worker>) {
     loop {
         match file.look(read_table) {
             None => {}
-            Some(Ok(table)) => {
+            Some(Ok((table, runtime))) => {
                 if table.epoch > worker.members.table().epoch {
                     info!(epoch = table.epoch, members = table.members.len(), "a new worker table");
                 }
-                worker.members.set(table);
+                worker.members.set(table, runtime);
+            }
+            Some(Err(error)) if error.is_missing() && worker.members.table().members.is_empty() => {
+                info!("there is no worker table yet");
             }
             Some(Err(error)) => failed(&worker, &error),
         }
@@ -105,24 +108,27 @@ pub(crate) async fn table(worker: Arc<Worker>) {
     }
 }
 
-/// Follows the datasets, and begins with `first`.
-pub(crate) async fn datasets(worker: Arc<Worker>, first: Vec<DatasetConfig>) {
+/// Follows the datasets, and begins with `first`, if there was anything to read at the start.
+pub(crate) async fn datasets(worker: Arc<Worker>, first: Option<Vec<DatasetConfig>>) {
     let path = worker.options.datasets.clone();
     let mut file = Watched::new(&path);
     // Read once more: it may have changed since the start.
-    let mut configs = first;
-    let mut incomplete = Some(Instant::now());
+    let mut known = first;
+    let mut incomplete = None::<Instant>;
     let mut changed = true;
     loop {
         match file.look(read_datasets) {
             None => {}
             Some(Ok(read)) => {
-                changed |= read != configs;
-                configs = read;
+                changed |= known.as_ref() != Some(&read);
+                known = Some(read);
             }
+            Some(Err(error)) if error.is_missing() && known.is_none() => info!("no datasets are named yet"),
             Some(Err(error)) => failed(&worker, &error),
         }
-        if changed || incomplete.is_some_and(|since| since.elapsed() > RETRY) {
+        if let Some(configs) = &known
+            && (changed || incomplete.is_some_and(|since| since.elapsed() > RETRY))
+        {
             changed = false;
             let applied = worker.datasets.apply(configs.clone()).await;
             incomplete = applied.incomplete.then(Instant::now);
@@ -136,6 +142,17 @@ pub(crate) async fn datasets(worker: Arc<Worker>, first: Vec<DatasetConfig>) {
             () = sleep(LOOK) => {}
             () = worker.stop.cancelled() => return,
         }
+    }
+}
+
+/// Wipes datasets that are configured no longer.
+pub(crate) async fn wipe(worker: Arc<Worker>) {
+    loop {
+        tokio::select! {
+            () = sleep(LOOK) => {}
+            () = worker.stop.cancelled() => return,
+        }
+        worker.datasets.wipe().await;
     }
 }
 
@@ -157,12 +174,12 @@ mod tests {
         assert!(matches!(file.look(read_table), Some(Err(_))));
         assert!(file.look(read_table).is_none());
         fs::write(&path, r#"{"epoch": 1, "members": []}"#).unwrap();
-        assert!(matches!(file.look(read_table), Some(Ok(table)) if table.epoch == 1));
+        assert!(matches!(file.look(read_table), Some(Ok((table, _))) if table.epoch == 1));
         assert!(file.look(read_table).is_none());
         let next = dir.path().join("next");
         fs::write(&next, r#"{"epoch": 2, "members": []}"#).unwrap();
         fs::rename(&next, &path).unwrap();
-        assert!(matches!(file.look(read_table), Some(Ok(table)) if table.epoch == 2));
+        assert!(matches!(file.look(read_table), Some(Ok((table, _))) if table.epoch == 2));
         fs::write(&path, "{").unwrap();
         assert!(matches!(file.look(read_table), Some(Err(_))));
         assert!(file.look(read_table).is_none());

@@ -14,7 +14,7 @@ use forebay_protocol::{
     worker::{self as wire, PruneRequest, RecheckRequest, ScanDirectoryRequest, StatusRequest},
 };
 use futures::{StreamExt, future::BoxFuture, stream};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 use tracing::{debug, info, warn};
@@ -31,8 +31,11 @@ const PRUNE: Duration = Duration::from_secs(60);
 const RECHECK: Duration = Duration::from_secs(5);
 /// How often a worker looks whether there is something to scan.
 const LOOK: Duration = Duration::from_secs(2);
-/// Pause after a scan that failed.
-const AFTER_FAILURE: Duration = Duration::from_secs(15);
+/// Pauses after scans that failed, from the first to the last; each is twice the one before.
+const AFTER_FAILURE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(16));
+/// How often the sources are asked whether they are there though nobody reads, by whoever scans: a request of the class
+/// LIST, some ten dollars a year at Amazon.
+const CHECK: Duration = Duration::from_secs(15);
 /// Workers asked for the same thing at once.
 const FAN_OUT: usize = 16;
 
@@ -83,6 +86,7 @@ impl AtOwners {
             generation,
             directory: directory.to_bytes(),
             after: Bytes::copy_from_slice(after),
+            sources: self.dataset.namespace().fingerprint(),
         };
         let asking = async {
             let mut client = self.worker.members.metadata(member).await?;
@@ -187,9 +191,33 @@ pub(crate) async fn prune(worker: &Arc<Worker>, dataset: &Arc<Dataset>, generati
 /// Keeps this dataset scanned while this worker is the first of its order that lives. Ends with the dataset.
 pub(crate) async fn coordinate(worker: Arc<Worker>, dataset: Arc<Dataset>) {
     let work = async {
+        let mut failures = 0;
+        let mut checked = Instant::now();
         loop {
-            let pause = look(&worker, &dataset).await;
-            sleep(pause).await;
+            // A scan that is dropped is cancelled.
+            let looked = tokio::select! {
+                looked = look(&worker, &dataset) => looked,
+                () = dataset.rescan.notified() => continue,
+            };
+            let pause = match looked {
+                Look::Nothing => LOOK,
+                Look::Scanned => {
+                    failures = 0;
+                    LOOK
+                }
+                Look::Failed => {
+                    failures += 1;
+                    AFTER_FAILURE.0.saturating_mul(1 << (failures - 1).min(8)).min(AFTER_FAILURE.1)
+                }
+            };
+            if dataset.scan.borrow().is_some() && checked.elapsed() >= CHECK {
+                checked = Instant::now();
+                dataset.check_sources();
+            }
+            tokio::select! {
+                () = sleep(pause) => {}
+                () = dataset.rescan.notified() => {}
+            }
         }
     };
     tokio::select! {
@@ -199,8 +227,16 @@ pub(crate) async fn coordinate(worker: Arc<Worker>, dataset: Arc<Dataset>) {
     }
 }
 
-/// Scans if it is this worker's turn and something is to be scanned; gives the pause until the next look.
-async fn look(worker: &Arc<Worker>, dataset: &Arc<Dataset>) -> Duration {
+/// What a look came to.
+enum Look {
+    /// It is not this worker's turn, or everything is scanned.
+    Nothing,
+    Scanned,
+    Failed,
+}
+
+/// Scans if it is this worker's turn and something is to be scanned.
+async fn look(worker: &Arc<Worker>, dataset: &Arc<Dataset>) -> Look {
     let is_done = |progress: &Option<wire::ScanProgress>| {
         progress.as_ref().is_some_and(|progress| {
             progress.state() == wire::ScanState::Complete && progress.generation >= dataset.index.generation()
@@ -208,10 +244,10 @@ async fn look(worker: &Arc<Worker>, dataset: &Arc<Dataset>) -> Duration {
     };
     if !coordinates(worker, dataset).await {
         dataset.scan.send_if_modified(|progress| progress.take().is_some());
-        return LOOK;
+        return Look::Nothing;
     }
     if is_done(&dataset.scan.borrow()) {
-        return LOOK;
+        return Look::Nothing;
     }
     learn_generation(worker, dataset).await;
     let root = DatasetPath::root();
@@ -233,11 +269,11 @@ async fn look(worker: &Arc<Worker>, dataset: &Arc<Dataset>) -> Duration {
         None => {
             let ScanProgress { files, bytes, directories, generation, .. } = finished;
             info!(dataset = %dataset.name, files, bytes, directories, generation, "scanned");
-            LOOK
+            Look::Scanned
         }
         Some(error) => {
             warn!(dataset = %dataset.name, %error, "the scan failed; it is started again");
-            AFTER_FAILURE
+            Look::Failed
         }
     }
 }

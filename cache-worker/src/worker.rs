@@ -1,10 +1,13 @@
 //! A worker: its parts, its start and its end.
 //!
-//! Start: files, stores, listener, then the tasks; from then on it serves. End: nothing new is accepted, data
-//! connections answer what is under way (4 s), fetches end, indexes are flushed.
+//! Start: files, stores, listener, then the tasks; from then on it serves. End: it is not ready any more, and goes on
+//! serving until nobody counts on it (or for as long as it may); then nothing new is accepted, data connections answer
+//! what is under way (4 s), fetches end, indexes are flushed.
 
 use std::{
+    fs,
     net::SocketAddr,
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -14,24 +17,27 @@ use std::{
 
 use anyhow::Context;
 use forebay_cache_store::{ChunkStore, StoreOptions};
-use forebay_client::{Client, ClientConfig};
+use forebay_client::{Client, ClientConfig, MemoryBudget};
 use forebay_metadata::Index;
 use forebay_protocol::{
+    DatasetId,
     handshake::RuntimeKey,
     worker::{DatasetStatus, StatusResponse},
 };
+use rustix::fs::Access;
 use tokio::{
     net::TcpListener,
     sync::{Notify, mpsc, oneshot},
     task::JoinHandle,
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
 use crate::{
-    config::{WorkerOptions, read_datasets, read_key, read_table},
-    dataset::{Dataset, Datasets},
+    config::{ConfigError, WorkerOptions, read_datasets, read_key, read_table},
+    dataset::Dataset,
+    datasets::Datasets,
     fill::FillEngine,
     grpc, http, listener,
     members::Members,
@@ -45,6 +51,10 @@ const CONTROL_QUEUE: usize = 256;
 const STOP_TASKS: Duration = Duration::from_secs(6);
 /// How long listings and fetches may take to end.
 const STOP_WORK: Duration = Duration::from_secs(5);
+/// How often a worker that drains looks whether it may end.
+const DRAIN_LOOK: Duration = Duration::from_millis(100);
+/// How long nobody asks a worker that drains before it ends: those who learn of a new table late are still served.
+const DRAIN_QUIET: Duration = Duration::from_secs(1);
 /// Memory of the client with which this worker walks trees; it reads no contents.
 const WALK_BUDGET: usize = forebay_client::MIN_BUDGET;
 /// Deadline of one step of such a walk: the owner may have to list a large directory first.
@@ -67,6 +77,7 @@ pub(crate) struct Worker {
     /// A client knows a newer table.
     pub(crate) newer_table: Notify,
     loaded: AtomicBool,
+    draining: AtomicBool,
     pub(crate) stop: CancellationToken,
     pub(crate) tasks: TaskTracker,
 }
@@ -85,7 +96,7 @@ impl Worker {
 
     /// Why this worker is not ready; `None` when it is.
     pub(crate) fn not_ready(&self) -> Option<&'static str> {
-        if self.stop.is_cancelled() {
+        if self.stop.is_cancelled() || self.draining.load(Ordering::Acquire) {
             return Some("stopping");
         }
         if !self.loaded.load(Ordering::Acquire) {
@@ -116,8 +127,8 @@ impl Worker {
         }
     }
 
-    /// What `Status` answers about these datasets.
-    pub(crate) fn status(&self, datasets: &[Arc<Dataset>]) -> StatusResponse {
+    /// What `Status` answers about these datasets, and those that are being wiped.
+    pub(crate) fn status(&self, datasets: &[Arc<Dataset>], wiping: &[DatasetId]) -> StatusResponse {
         let totals = self.store.totals();
         let count = |gauge: &prometheus_client::metrics::gauge::Gauge| u64::try_from(gauge.get()).unwrap_or(0);
         let m = &self.metrics;
@@ -132,12 +143,20 @@ impl Worker {
             uptime_seconds: self.started.elapsed().as_secs(),
             connections: count(&m.data_connections) + count(&m.control_connections),
             requests_in_flight: count(&m.requests_in_flight),
+            wiping: wiping.iter().map(|id| id.to_bytes()).collect(),
         }
+    }
+
+    /// What changes while somebody is served.
+    fn activity(&self) -> (i64, u64) {
+        let served = self.datasets.all().iter().map(|dataset| dataset.metrics.served_bytes.get()).sum();
+        (self.metrics.requests_in_flight.get(), served)
     }
 
     fn dataset_status(&self, dataset: &Dataset) -> DatasetStatus {
         let usage = self.store.usage(dataset.id);
-        let requests = dataset.index.requests();
+        let requests = dataset.requests();
+        let problem = dataset.source_problem();
         let m = &dataset.metrics;
         DatasetStatus {
             dataset: dataset.id.to_bytes(),
@@ -159,8 +178,9 @@ impl Worker {
             corrupt_blocks: usage.corrupt_blocks,
             served_bytes: m.served_bytes.get(),
             scan: dataset.scan.borrow().clone(),
-            source_problem: dataset.source_problem(),
+            source_problem: problem.as_ref().map(|problem| problem.message.clone()).unwrap_or_default(),
             version_conflicts: m.version_conflicts.get(),
+            source_problem_reason: problem.map(|problem| problem.reason).unwrap_or_default(),
         }
     }
 }
@@ -179,8 +199,8 @@ impl RunningWorker {
     pub async fn start(options: WorkerOptions) -> anyhow::Result<Self> {
         anyhow::ensure!(!options.name.is_empty(), "a worker needs a name");
         let key = read_key(&options.key_file)?;
-        let table = read_table(&options.table)?;
-        let configs = read_datasets(&options.datasets)?;
+        let (table, runtime) = present(read_table(&options.table))?.unwrap_or_default();
+        let configs = present(read_datasets(&options.datasets))?;
         let listener =
             TcpListener::bind(options.listen).await.with_context(|| format!("listening on {}", options.listen))?;
         let address = listener.local_addr()?;
@@ -196,11 +216,11 @@ impl RunningWorker {
         let (conflicts, conflicts_queue) = mpsc::channel(notices::CONFLICTS);
         let engine =
             FillEngine::new(store.clone(), options.memory_budget, conflicts, metrics.clone(), stop.child_token());
-        let members = Members::new(options.name.clone(), key.clone(), table);
+        let members = Members::new(options.name.clone(), key.clone(), table, runtime);
         let client_config = ClientConfig {
             name: options.name.clone(),
             key: key.clone(),
-            budget: WALK_BUDGET,
+            memory: MemoryBudget::new(WALK_BUDGET),
             deadline: WALK_DEADLINE,
             max_read_ahead: 0,
             connections_per_worker: 1,
@@ -211,12 +231,13 @@ impl RunningWorker {
             started: Instant::now(),
             store: store.clone(),
             engine,
-            datasets: Datasets::new(options.limits.clone(), store, metadata.clone(), metrics.clone()),
+            datasets: Datasets::new(options.limits.clone(), store, metadata.clone(), metrics.clone()).await?,
             client: Client::new(client_config, members.subscribe()),
             members,
             metrics,
             newer_table: Notify::new(),
             loaded: AtomicBool::new(false),
+            draining: AtomicBool::new(false),
             stop,
             tasks: TaskTracker::new(),
             options,
@@ -227,6 +248,7 @@ impl RunningWorker {
         worker.tasks.spawn(notices::rechecks(worker.clone(), conflicts_queue));
         worker.tasks.spawn(reload::table(worker.clone()));
         worker.tasks.spawn(reload::datasets(worker.clone(), configs));
+        worker.tasks.spawn(reload::wipe(worker.clone()));
         if let Some(listener) = metrics_listener {
             worker.tasks.spawn(http::run(worker.clone(), listener));
         }
@@ -242,6 +264,25 @@ impl RunningWorker {
     /// Where metrics are answered.
     pub fn metrics_address(&self) -> Option<SocketAddr> {
         self.metrics_address
+    }
+
+    /// Goes on serving, though not ready any more, for as long as the options say, or until the table gives this worker
+    /// no share and nobody asks it for anything.
+    pub async fn drain(&self) {
+        let worker = &self.worker;
+        worker.draining.store(true, Ordering::Release);
+        let until = Instant::now() + worker.options.drain;
+        let (mut last, mut quiet) = (worker.activity(), Instant::now());
+        while Instant::now() < until {
+            sleep(DRAIN_LOOK).await;
+            let now = worker.activity();
+            if now != last || now.0 > 0 {
+                (last, quiet) = (now, Instant::now());
+            }
+            if !worker.members.counts_on_self() && quiet.elapsed() >= DRAIN_QUIET {
+                break;
+            }
+        }
     }
 
     /// Stops serving, in order, within about 20 s.
@@ -283,7 +324,30 @@ pub async fn run(
     // Nobody has to listen.
     let _ = ready.send(running.address());
     shutdown.cancelled().await;
+    running.drain().await;
     running.stop().await
+}
+
+/// What a file holds, if it is there.
+fn present<T>(read: Result<T, ConfigError>) -> Result<Option<T>, ConfigError> {
+    match read {
+        Err(error) if error.is_missing() => Ok(None),
+        read => read.map(Some),
+    }
+}
+
+/// Whether this process can write to the cache directory, said so that somebody can mend it.
+fn check_writable(directory: &Path) -> anyhow::Result<()> {
+    let checked = fs::create_dir_all(directory)
+        .and_then(|()| Ok(rustix::fs::access(directory, Access::WRITE_OK | Access::READ_OK | Access::EXEC_OK)?));
+    checked.with_context(|| {
+        let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        format!(
+            "cache directory {} is not writable by uid {uid}, gid {gid} (make it theirs: chown {uid}:{gid}; in a pod, \
+             an emptyDir is with fsGroup)",
+            directory.display()
+        )
+    })
 }
 
 async fn open_stores(options: &WorkerOptions) -> anyhow::Result<(Arc<ChunkStore>, Arc<Index>)> {
@@ -294,8 +358,9 @@ async fn open_stores(options: &WorkerOptions) -> anyhow::Result<(Arc<ChunkStore>
         high_percent: options.high_percent,
         low_percent: options.low_percent,
     };
-    let metadata = options.cache_dir.join("metadata");
+    let (cache, metadata) = (options.cache_dir.clone(), options.cache_dir.join("metadata"));
     tokio::task::spawn_blocking(move || {
+        check_writable(&cache)?;
         let store = ChunkStore::open(chunks).context("opening the chunk store")?;
         let index = Index::open(&metadata).context("opening the metadata index")?;
         Ok((store, index))

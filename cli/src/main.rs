@@ -3,6 +3,7 @@
 
 mod args;
 mod output;
+mod pod;
 mod session;
 mod up;
 mod verbs;

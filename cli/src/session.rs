@@ -4,7 +4,7 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
-use forebay_client::{Client, ClientConfig, ControlClient, DatasetClient};
+use forebay_client::{Client, ClientConfig, ControlClient, DatasetClient, MemoryBudget};
 use forebay_protocol::{
     DatasetPath,
     table::WorkerTable,
@@ -55,7 +55,7 @@ impl Session {
             name: "forebay".into(),
             key: read_key(&runtime.key)?,
             // Verbs read no file contents; this is for the protocol's own buffers.
-            budget: 16 << 20,
+            memory: MemoryBudget::new(16 << 20),
             deadline: ANSWER_DEADLINE,
             max_read_ahead: 0,
             connections_per_worker: 1,
@@ -188,6 +188,7 @@ impl DatasetTotals {
             scan,
             source_problem,
             version_conflicts,
+            source_problem_reason,
         } = answer;
         let sums = &mut self.sums;
         sums.dataset.clone_from(dataset);
@@ -211,6 +212,7 @@ impl DatasetTotals {
         sums.version_conflicts += version_conflicts;
         if sums.source_problem.is_empty() {
             sums.source_problem.clone_from(source_problem);
+            sums.source_problem_reason.clone_from(source_problem_reason);
         }
         if let Some(scan) = scan
             && sums.scan.as_ref().is_none_or(|best| (scan.generation, scan.state) > (best.generation, best.state))

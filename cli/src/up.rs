@@ -13,13 +13,17 @@ mod layout;
 mod privileges;
 mod teardown;
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context, bail};
 use clap::Args;
-use forebay_api::manifest::{self, Manifest};
+use forebay_api::{
+    Quantity,
+    manifest::{self, Manifest},
+};
 use forebay_cache_worker::WorkerOptions;
-use forebay_fuse::DaemonOptions;
+use forebay_client::MIN_BUDGET;
+use forebay_fuse::{DaemonOptions, default_memory_budget};
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -34,6 +38,7 @@ use self::{instance::Instance, privileges::RunAs};
 use crate::{
     args::{Global, Output},
     output,
+    pod::PodArgs,
 };
 
 /// Arguments of `up`.
@@ -71,8 +76,10 @@ pub struct WorkerChildArgs {
     #[command(flatten)]
     pub child: ChildArgs,
     /// WorkerOptions as JSON
-    #[arg(long)]
-    options: PathBuf,
+    #[arg(long, required_unless_present = "kubernetes", conflicts_with = "kubernetes")]
+    options: Option<PathBuf>,
+    #[command(flatten)]
+    pod: PodArgs,
 }
 
 /// Arguments of the hidden `fuse`.
@@ -80,9 +87,27 @@ pub struct WorkerChildArgs {
 pub struct FuseChildArgs {
     #[command(flatten)]
     pub child: ChildArgs,
-    /// The keeper's socket
-    #[arg(long)]
+    /// The keeper's socket; without --parent it is waited for
+    #[arg(long, value_name = "PATH")]
     socket: PathBuf,
+    /// Where /healthz, /readyz and /metrics are answered [default: nowhere]
+    #[arg(long, value_name = "ADDRESS")]
+    http: Option<SocketAddr>,
+    /// Memory for file contents over all volumes, as 512Mi [default: half of the container's limit]
+    #[arg(long, value_parser = memory_budget, value_name = "QUANTITY")]
+    memory_budget: Option<usize>,
+    /// Each volume has the memory that its configuration says, instead of a part of one budget
+    #[arg(long, conflicts_with = "memory_budget")]
+    memory_per_volume: bool,
+}
+
+fn memory_budget(text: &str) -> Result<usize, String> {
+    let bytes = Quantity::new(text).bytes().map_err(|error| error.to_string())?;
+    let bytes = usize::try_from(bytes).map_err(|_| "more than this machine can address".to_owned())?;
+    if bytes < MIN_BUDGET {
+        return Err(format!("at least {}Mi are needed: a few requests of 1Mi", MIN_BUDGET >> 20));
+    }
+    Ok(bytes)
 }
 
 /// How long a worker has to flush its index after SIGTERM.
@@ -166,9 +191,16 @@ fn announce(global: &Global, instance: &Instance) -> anyhow::Result<()> {
 impl WorkerChildArgs {
     /// Runs a cache worker until SIGTERM.
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        let text = std::fs::read(&self.options).with_context(|| format!("reading {}", self.options.display()))?;
-        let options: WorkerOptions =
-            serde_json::from_slice(&text).with_context(|| format!("reading {}", self.options.display()))?;
+        let (options, agent): (WorkerOptions, _) = match &self.options {
+            Some(file) => {
+                let text = std::fs::read(file).with_context(|| format!("reading {}", file.display()))?;
+                (serde_json::from_slice(&text).with_context(|| format!("reading {}", file.display()))?, None)
+            }
+            None => {
+                let (options, agent) = self.pod.options()?;
+                (options, Some(agent))
+            }
+        };
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
         runtime.block_on(async {
             let stop = CancellationToken::new();
@@ -188,7 +220,22 @@ impl WorkerChildArgs {
                     children::say_ready(&address.to_string());
                 }
             });
-            forebay_cache_worker::run(options, stop, ready).await?;
+            let mut worker = std::pin::pin!(forebay_cache_worker::run(options, stop.clone(), ready));
+            let agent = async {
+                match agent {
+                    Some(agent) => forebay_worker_agent::run(agent).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                ended = &mut worker => ended?,
+                failed = agent => {
+                    // In order, for others may count on it; then the reason is told.
+                    stop.cancel();
+                    worker.await?;
+                    failed?;
+                }
+            }
             Ok(ExitCode::SUCCESS)
         })
     }
@@ -197,7 +244,28 @@ impl WorkerChildArgs {
 impl FuseChildArgs {
     /// Runs a FUSE daemon until SIGTERM.
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        forebay_fuse::daemon::run(DaemonOptions::new(self.socket))?;
+        let Self { child, socket, http, memory_budget, memory_per_volume } = self;
+        let usual = DaemonOptions::new(socket);
+        let memory = memory_budget.unwrap_or_else(default_memory_budget);
+        forebay_fuse::daemon::run(DaemonOptions {
+            // In a pod the keeper comes when its own pod does; a child of `up` has no reason to wait for long.
+            connect_deadline: usual.connect_deadline.filter(|_| child.has_parent()),
+            http,
+            memory: (!memory_per_volume).then_some(memory),
+            ..usual
+        })?;
         Ok(ExitCode::SUCCESS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_memory_budget_is_a_quantity_that_suffices() {
+        assert_eq!(memory_budget("512Mi"), Ok(512 << 20));
+        assert!(memory_budget("1Mi").unwrap_err().contains("4Mi"));
+        assert!(memory_budget("much").is_err());
     }
 }

@@ -11,7 +11,10 @@ use std::{
     time::Duration,
 };
 
-use support::{BUCKET, Bench, Setup, Up, can_mount, content};
+use support::{
+    BUCKET, Bench, Setup, Up, can_mount, content, eventually,
+    readers::{Kind, Readers, Target},
+};
 
 async fn fill(store: forebay_test_store::TestStore) -> forebay_test_store::TestStore {
     for seed in 0..20 {
@@ -134,17 +137,48 @@ async fn flipped_bits_are_found_and_fetched_again() {
     if !can_mount() {
         return;
     }
-    let bench = after_damage(chunk_files, |index, path| {
-        let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
-        let offset = content::mix(index as u64) % 200_000;
-        let mut byte = [0];
-        file.read_exact_at(&mut byte, offset).unwrap();
-        file.write_all_at(&[byte[0] ^ 0x10], offset).unwrap();
-    })
-    .await;
-    let corrupt = bench.up.status()["datasets"][0]["corruptBlocks"].as_u64().unwrap();
+    let bench = after_damage(chunk_files, |index, path| flip(path, content::mix(index as u64) % 200_000)).await;
+    let corrupt = corrupt_blocks(&bench.up);
     // A file that was first read while its owner was still starting lies elsewhere, and is fetched anew.
     assert!(corrupt >= 10, "{corrupt} corrupt blocks counted");
+}
+
+fn flip(path: &Path, offset: u64) {
+    let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, offset).unwrap();
+    file.write_all_at(&[byte[0] ^ 0x10], offset).unwrap();
+}
+
+fn corrupt_blocks(up: &Up) -> u64 {
+    up.status()["datasets"][0]["corruptBlocks"].as_u64().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bits_that_flip_under_a_running_worker_are_not_seen_by_readers() {
+    if !can_mount() {
+        return;
+    }
+    // Nobody else has the bytes, and the worker wrote what rots itself.
+    let bench = Bench::start(Setup { workers: 1, ..Setup::default() }, fill).await;
+    check(&bench.up);
+    let target = |seed| Target { path: bench.path(&format!("file-{seed}")), size: 200_000, seed };
+    let readers = Readers::start((0..20).map(|seed| (Kind::Direct, target(seed))).collect());
+    for round in 0..3 {
+        let files = chunk_files(&bench.up.state);
+        assert_eq!(files.len(), 20);
+        for (index, file) in files.iter().enumerate() {
+            flip(file, content::mix(round * 20 + index as u64) % 200_000);
+        }
+        let found = || corrupt_blocks(&bench.up) == (round + 1) * 20;
+        eventually("all damage is found", Duration::from_secs(60), found);
+        // The last of it may still be on its way into a fresh file.
+        readers.progress(20 * 200_000, Duration::from_secs(60));
+    }
+    let report = readers.finish();
+    assert_eq!(report.errors, Vec::<String>::new());
+    check(&bench.up);
+    bench.stop();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -177,7 +211,7 @@ async fn a_cache_directory_that_vanishes_is_served_around_and_comes_back() {
         std::fs::remove_file(file).unwrap();
     }
     for worker in 0..3 {
-        let cache = bench.up.state.join(format!("runtimes/default.runtime/runtime-{worker}"));
+        let cache = bench.up.state.join(format!("runtimes/default.runtime/cache/runtime-{worker}"));
         std::fs::remove_dir_all(cache).unwrap();
     }
     for seed in 0..20 {
@@ -195,7 +229,7 @@ async fn a_cache_of_another_worker_is_not_used() {
     }
     let Bench { store, dir, up } = Bench::start(Setup::default(), fill).await;
     check(&up);
-    let runtime = up.state.join("runtimes/default.runtime");
+    let runtime = up.state.join("runtimes/default.runtime/cache");
     up.stop();
     std::fs::rename(runtime.join("runtime-0"), runtime.join("parked")).unwrap();
     std::fs::rename(runtime.join("runtime-1"), runtime.join("runtime-0")).unwrap();

@@ -3,7 +3,7 @@
 
 mod support;
 
-use std::time::Duration;
+use std::{os::unix::fs::MetadataExt as _, path::Path, time::Duration};
 
 use support::{BUCKET, Bench, Setup, Up, can_mount, command, content, text};
 
@@ -74,6 +74,65 @@ async fn workers_and_daemons_have_no_privileges() {
         assert_eq!(field("NoNewPrivs:"), "1");
     }
     bench.stop();
+}
+
+/// The owner of a path, without following links.
+fn owner(path: &Path) -> u32 {
+    std::fs::symlink_metadata(path).unwrap().uid()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_caches_are_the_unprivileged_users() {
+    if !can_mount() {
+        return;
+    }
+    let Bench { store, dir, up } = Bench::start(Setup::default(), fill).await;
+    let state = up.state.clone();
+    let runtime = state.join("runtimes/default.runtime");
+    let check = |up: &Up| {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", up.children()[0])).unwrap();
+        let uid = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap();
+        let user: u32 = uid.split_whitespace().next().unwrap().parse().unwrap();
+        for directory in [&state, &state.join("runtimes"), &runtime] {
+            let metadata = std::fs::metadata(directory).unwrap();
+            assert_eq!((metadata.uid(), metadata.mode() & 0o022), (0, 0), "{}", directory.display());
+        }
+        for file in ["up.lock", "up.json", "control.sock", "keeper.sock", "mounts.json", "made.json"] {
+            assert_eq!(owner(&state.join(file)), 0, "{file}");
+        }
+        assert_eq!(owner(&runtime.join("cache")), user);
+        assert_eq!(owner(&runtime.join("cache/runtime-0")), user);
+        user
+    };
+    let user = check(&up);
+    up.stop();
+
+    // As an earlier version had it: taken back.
+    for directory in [&state, &state.join("runtimes"), &runtime] {
+        std::os::unix::fs::chown(directory, Some(user), Some(user)).unwrap();
+    }
+    let manifest = dir.path().join("data.yaml");
+    let up = Up::start(&manifest, dir.path(), &Setup::default().arguments);
+    check(&up);
+    up.stop();
+
+    // What such an owner may have put in the way is not followed.
+    let elsewhere = dir.path().join("elsewhere");
+    std::fs::create_dir(&elsewhere).unwrap();
+    std::fs::rename(&runtime, state.join("parked")).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, &runtime).unwrap();
+    let refused = command()
+        .args(["up", "--file"])
+        .arg(&manifest)
+        .arg("--mount")
+        .arg(dir.path().join("mnt"))
+        .arg("--state-dir")
+        .arg(&state)
+        .output()
+        .unwrap();
+    assert!(!refused.status.success());
+    assert_eq!((std::fs::read_dir(&elsewhere).unwrap().count(), owner(&elsewhere)), (0, 0));
+    drop(store);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -15,14 +15,13 @@ use tonic::transport::Channel;
 use crate::{
     budget::{Budget, until},
     dataset::DatasetClient,
+    discovery::Discovery,
     error::ClientError,
     members::Members,
+    memory::MemoryBudget,
     metrics::{ClientMetrics, Counters, MemberMetrics, load},
     reclaim::Holders,
 };
-
-/// The smallest memory budget that a client works with: a request of a reader, one more, and what is read ahead.
-pub const MIN_BUDGET: usize = 4 << 20;
 
 /// How a client behaves.
 #[derive(Clone, Debug)]
@@ -31,8 +30,8 @@ pub struct ClientConfig {
     pub name: String,
     /// The runtime's key.
     pub key: RuntimeKey,
-    /// Memory for file contents: in flight, read ahead, and returned to callers, in bytes. At least [`MIN_BUDGET`].
-    pub budget: usize,
+    /// Memory for file contents; its own, or shared with other clients.
+    pub memory: MemoryBudget,
     /// How long one read, look-up or page of a listing may take, fail-over included.
     pub deadline: Duration,
     /// Largest window ahead of one sequential reader, in bytes; 0 turns read-ahead off. 32 MiB is a good value.
@@ -44,7 +43,7 @@ pub struct ClientConfig {
 /// Access to the workers of one runtime. Clones share everything.
 #[derive(Clone)]
 pub struct Client {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
 }
 
 pub(crate) struct Inner {
@@ -52,18 +51,23 @@ pub(crate) struct Inner {
     pub(crate) budget: Budget,
     pub(crate) members: Members,
     pub(crate) counters: Counters,
-    pub(crate) holders: Holders,
+    pub(crate) holders: Arc<Holders>,
     /// Highest known generation by dataset; shared by all handles of one dataset.
     generations: Mutex<HashMap<DatasetId, Weak<AtomicU64>>>,
-    epochs: watch::Sender<u64>,
+    pub(crate) epochs: watch::Sender<u64>,
+    /// Counts the times that somebody wanted to ask and no member was known to answer.
+    pub(crate) stranded: watch::Sender<u64>,
+    /// Why whoever feeds the table gets none; `None` when it does.
+    pub(crate) table_problem: Mutex<Option<String>>,
     _closed: DropGuard,
 }
 
 impl Client {
-    /// A client of the workers in `table`, which may change at any time. To be called within a tokio runtime.
+    /// A client of the workers in `table`, which may change at any time: whoever feeds it decides which table is newer.
+    /// To be called within a tokio runtime.
     pub fn new(config: ClientConfig, table: watch::Receiver<Arc<WorkerTable>>) -> Client {
         let closed = CancellationToken::new();
-        let budget = Budget::new(config.budget.max(MIN_BUDGET));
+        let MemoryBudget { budget, holders } = config.memory.clone();
         let connections = config.connections_per_worker.max(1);
         let epoch = table.borrow().epoch;
         let inner = Arc::new(Inner {
@@ -71,13 +75,24 @@ impl Client {
             config,
             budget,
             counters: Counters::default(),
-            holders: Holders::default(),
+            holders,
             generations: Mutex::default(),
             epochs: watch::Sender::new(epoch),
+            stranded: watch::Sender::new(0),
+            table_problem: Mutex::default(),
             _closed: closed.clone().drop_guard(),
         });
         tokio::spawn(follow_table(inner.members.tables(), Arc::downgrade(&inner), closed));
         Client { inner }
+    }
+
+    /// A client of the workers that are found by way of `service` (`host:port`): any of them tells the table. Nothing is
+    /// asked before this returns; calls wait for a table, as for workers, until their deadline.
+    pub fn of_service(config: ClientConfig, service: String) -> Client {
+        let (sender, table) = watch::channel(Arc::default());
+        let client = Self::new(config, table);
+        tokio::spawn(Discovery::new(service, sender, &client.inner).run());
+        client
     }
 
     /// Access to one dataset.
@@ -210,6 +225,8 @@ async fn follow_table(mut tables: watch::Receiver<Arc<WorkerTable>>, client: Wea
                 }
                 let Some(client) = client.upgrade() else { return };
                 let epoch = client.members.snapshot().table.epoch;
+                // Who waits for somebody to ask looks at the new table at once.
+                client.members.recovered.notify_waiters();
                 tracing::debug!(client = client.config.name, epoch, "worker table");
             }
         }

@@ -334,10 +334,9 @@ impl DatasetClient {
 
 /// What a refusal means: an error that is final, or why to ask the next.
 fn judge(member: &Member, status: Status) -> Result<String, ClientError> {
-    let text = chain(&status);
+    let text = member.refused(&status);
     // Made here, by the transport: the worker said nothing.
     if std::error::Error::source(&status).is_some() {
-        member.health.mark_down(&text);
         return Ok(text);
     }
     let said = status.message().to_owned();

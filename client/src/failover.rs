@@ -86,12 +86,12 @@ impl<'a> Rotation<'a> {
         if order.is_empty() {
             self.last_error = Some("the worker table is empty".into());
         }
-        let trusted = |member: &Arc<Member>| !self.distrusted.iter().any(|other| Arc::ptr_eq(other, member));
-        let good = order.iter().filter(|member| !member.health.is_down() && trusted(member));
+        let good = order.iter().filter(|member| !member.health.is_down() && !self.distrusts(member));
         self.queue = good.cloned().collect();
         self.healthy = !self.queue.is_empty();
         if self.queue.is_empty() {
             self.queue = order.into();
+            self.client.stranded.send_modify(|times| *times += 1);
         }
     }
 
@@ -105,6 +105,11 @@ impl<'a> Rotation<'a> {
     /// This member gave a wrong answer.
     pub(crate) fn distrust(&mut self, member: &Arc<Member>) {
         self.distrusted.push(member.clone());
+    }
+
+    /// Whether this member gave a wrong answer before.
+    pub(crate) fn distrusts(&self, member: &Arc<Member>) -> bool {
+        self.distrusted.iter().any(|other| Arc::ptr_eq(other, member))
     }
 
     /// The failure of a call whose deadline passed.

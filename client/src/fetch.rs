@@ -3,7 +3,9 @@
 //! Blocks come in order, so what was received is a prefix: when a worker fails in the middle, the next one is asked for
 //! the rest. Every block is checked against the checksum that came with it, which is seeded with the file identity and
 //! the block's place. A frame that does not continue the prefix, a block that fails, or an End before the last block
-//! makes the worker a liar for this range: it is counted, and asked again only when nobody else is left.
+//! makes the worker a liar for this range: it is counted, and asked once more at once, to verify what it holds first:
+//! what rotted on its disk since it wrote it, it does not find by itself. If it does not help, it is asked again only
+//! when nobody else is left, and always to verify.
 
 use std::sync::{
     Arc,
@@ -116,10 +118,17 @@ pub(crate) async fn fetch(
     let mut sources_away = 0;
     loop {
         let member = rotation.next().await.map_err(FetchError::Failed)?;
-        if !job.refill_room() {
-            return Err(job.starved());
+        let suspected = rotation.distrusts(&member);
+        let mut outcome = job.ask(&member, suspected).await;
+        if let Err(Attempt::Lied(error)) = &outcome
+            && !suspected
+            && !job.rest().is_empty()
+        {
+            tracing::warn!(worker = member.name, path = %target.path, error, "refused what a worker sent; it is to verify");
+            rotation.distrust(&member);
+            outcome = job.ask(&member, true).await;
         }
-        let Err(attempt) = job.ask(&member).await else {
+        let Err(attempt) = outcome else {
             member.health.mark_ok();
             return Ok(());
         };
@@ -139,8 +148,7 @@ pub(crate) async fn fetch(
                 rotation.failed(&member, &error);
             }
             Attempt::Lied(error) => {
-                tracing::warn!(worker = member.name, path = %target.path, error, "refused what a worker sent");
-                rotation.distrust(&member);
+                tracing::warn!(worker = member.name, path = %target.path, error, "refused what a worker sent as verified");
                 rotation.failed(&member, &error);
             }
             Attempt::Starved => return Err(job.starved()),
@@ -198,7 +206,11 @@ impl Job<'_> {
         }
     }
 
-    async fn ask(&mut self, member: &Arc<Member>) -> Result<(), Attempt> {
+    /// Asks for what has not come; with `verify`, to be checked by the worker before it sends it.
+    async fn ask(&mut self, member: &Arc<Member>, verify: bool) -> Result<(), Attempt> {
+        if !self.refill_room() {
+            return Err(Attempt::Starved);
+        }
         let broken = |error: Arc<str>| Attempt::Next(error.to_string());
         let connection =
             until(self.deadline, member.pool.get(self.purpose)).await.ok_or(Attempt::Expired)?.map_err(broken)?;
@@ -210,6 +222,7 @@ impl Job<'_> {
             version: self.target.version.clone(),
             range: self.rest(),
             purpose: self.purpose,
+            verify,
         };
         let mut handle = until(self.deadline, connection.request(read, self.room.clone()))
             .await

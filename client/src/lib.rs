@@ -15,9 +15,11 @@
 //! | module | does |
 //! |---|---|
 //! | `transport` | TCP and the handshake; gRPC channels over it |
+//! | `discovery` | the worker table by way of a service's name |
 //! | `health`, `members`, `failover` | which workers exist, which of them answer, and whom to ask next |
+//! | `probe` | asks workers how they are: for people, and for datasets known by name |
 //! | `connection`, `pool` | frames of many requests over one connection; connections by worker and lane |
-//! | `budget`, `reclaim` | the memory budget, and who gives back when it is short |
+//! | `memory`, `budget`, `reclaim` | the memory budget, and who gives back when it is short |
 //! | `fetch` | a range of blocks from whoever has it, verified |
 //! | `streams`, `segment`, `reader` | sequential streams, what is read ahead for them, and reads |
 //! | `dataset`, `watch`, `walk` | names: look-ups, listings, changes, trees |
@@ -26,13 +28,16 @@ mod budget;
 mod client;
 mod connection;
 mod dataset;
+mod discovery;
 mod error;
 mod failover;
 mod fetch;
 mod health;
 mod members;
+mod memory;
 mod metrics;
 mod pool;
+mod probe;
 mod reader;
 mod reclaim;
 mod segment;
@@ -41,11 +46,13 @@ pub mod transport;
 mod walk;
 mod watch;
 
-pub use client::{Client, ClientConfig, MIN_BUDGET};
+pub use client::{Client, ClientConfig};
 pub use dataset::{DatasetClient, Entry, EntryKind, Inspection, ListPage, MAX_PAGE};
 pub use error::ClientError;
 pub use forebay_protocol::worker::{control_client::ControlClient, metadata_client::MetadataClient};
+pub use memory::{MIN_BUDGET, MemoryBudget, MemoryUsage};
 pub use metrics::{ClientMetrics, MemberMetrics};
+pub use probe::{Probe, ProbedMember};
 pub use reader::FileReader;
 pub use walk::{Walk, WalkEntry};
 pub use watch::{Event, Watch};

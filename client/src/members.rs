@@ -73,6 +73,17 @@ impl Member {
     }
 }
 
+impl Member {
+    /// It answered a call with this; gives the text. What the transport says, rather than the worker, marks it as down.
+    pub(crate) fn refused(&self, status: &tonic::Status) -> String {
+        let text = transport::chain(status);
+        if std::error::Error::source(status).is_some() {
+            self.health.mark_down(&text);
+        }
+        text
+    }
+}
+
 impl Drop for Member {
     fn drop(&mut self) {
         self.closed.cancel();
@@ -118,7 +129,7 @@ pub(crate) struct Members {
     key: RuntimeKey,
     budget: Budget,
     connections: usize,
-    /// Woken when a member that was down comes up.
+    /// Woken when a member that was down comes up, and when the table changes.
     pub(crate) recovered: Arc<Notify>,
 }
 
@@ -138,20 +149,14 @@ impl Members {
             connections,
             recovered: Arc::new(Notify::new()),
         };
-        let first = members.table.borrow().clone();
-        members.adopt(first);
+        members.adopt();
         members
     }
 
     /// The members of the newest table.
     pub(crate) fn snapshot(&self) -> Arc<Snapshot> {
         let current = self.current.read().clone();
-        let newest = self.table.borrow().clone();
-        // Epochs only grow; an older table is a late message.
-        if Arc::ptr_eq(&newest, &current.table) || newest.epoch < current.table.epoch {
-            return current;
-        }
-        self.adopt(newest)
+        if Arc::ptr_eq(&*self.table.borrow(), &current.table) { current } else { self.adopt() }
     }
 
     /// A receiver of tables, for whoever wants to know of changes.
@@ -159,8 +164,10 @@ impl Members {
         self.table.clone()
     }
 
-    fn adopt(&self, table: Arc<WorkerTable>) -> Arc<Snapshot> {
+    fn adopt(&self) -> Arc<Snapshot> {
         let mut current = self.current.write();
+        // Looked at under the lock: nobody puts an older one in place of what another one just adopted.
+        let table = self.table.borrow().clone();
         if Arc::ptr_eq(&table, &current.table) {
             return current.clone();
         }

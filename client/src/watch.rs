@@ -30,7 +30,7 @@ use parking_lot::Mutex;
 use tokio::{sync::mpsc, task::JoinHandle};
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::{dataset::DatasetClient, health::jittered, members::Member, transport::chain};
+use crate::{dataset::DatasetClient, health::jittered, members::Member};
 
 /// Events that wait to be taken.
 const QUEUE: usize = 256;
@@ -171,13 +171,7 @@ async fn stream(
     outlet: &Outlet,
     heard: &mut bool,
 ) -> Result<(), String> {
-    let broken = |status: tonic::Status| {
-        let text = chain(&status);
-        if std::error::Error::source(&status).is_some() {
-            member.health.mark_down(&text);
-        }
-        text
-    };
+    let broken = |status: tonic::Status| member.refused(&status);
     let silent = |_| format!("nothing was heard for {SILENCE:?}");
     let channel = member.channel().await.map_err(|error| error.to_string())?;
     let Cursor { incarnation, number } = *cursor.lock();

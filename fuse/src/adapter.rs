@@ -255,8 +255,11 @@ impl<T: Tree> Filesystem for Adapter<T> {
         let (fs, name) = (self.fs.clone(), name.as_bytes().to_vec());
         self.run(&self.metadata, async move {
             match fs.lookup(parent.0, &name).await {
-                Ok(Some(attributes)) => reply.entry(&fs.ttl(), &file_attr(&attributes), GENERATION),
-                Ok(None) => reply.entry(&fs.absent_ttl(), &absent(), GENERATION),
+                Ok(found) => {
+                    let attr = found.attributes.as_ref().map_or_else(absent, file_attr);
+                    reply.entry(&found.ttl, &attr, GENERATION);
+                    fs.answered(parent.0, &name, &found);
+                }
                 Err(errno) => reply.error(refuse(&fs, errno)),
             }
         });

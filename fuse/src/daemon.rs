@@ -3,22 +3,30 @@
 //! A standby is warm: its runtime runs, and for every volume that it may have to serve, the client exists and has its
 //! first connections. What is left for a take-over is mapping the tables and attaching the session, milliseconds.
 //!
-//! The process is replaceable at any moment: it exits on SIGTERM without ceremony, and the kernel sends again to its
-//! successor whatever it had taken.
+//! The process is replaceable at any moment: the kernel sends again to its successor whatever it had taken. It outlives the
+//! keeper, too: without one it serves on, and what it holds is what the next keeper begins with. So on SIGTERM it first
+//! waits until a keeper says that it holds everything.
 
 use std::{
     collections::HashMap,
     io,
-    path::PathBuf,
+    net::SocketAddr,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use forebay_keeper::daemon::{Attach, DaemonLink, DaemonOptions as LinkOptions, LinkError, Message};
-use tokio::{runtime::Runtime, task::JoinHandle};
+use forebay_client::MemoryBudget;
+use forebay_keeper::{
+    Health,
+    daemon::{Attach, DaemonLink, DaemonOptions as LinkOptions, LinkError, Message},
+};
+use futures::{StreamExt, stream::BoxStream};
+use tokio::{runtime::Runtime, sync::watch, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     adapter::Adapter,
@@ -36,6 +44,10 @@ use crate::{
 const TICK: Duration = Duration::from_millis(50);
 /// How often the runtime shows that it makes progress; the keeper wants to see it every second.
 const PROGRESS: Duration = Duration::from_millis(100);
+/// How long a daemon that was told to end waits for a keeper that has everything: less than the 30 s that Kubernetes gives.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(25);
+/// The first pause between two attempts to reach a keeper, and the longest.
+const CONNECT_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// At least this many threads, so that one that computes (checksums) does not hold the others.
 const MIN_THREADS: usize = 2;
 
@@ -46,10 +58,17 @@ pub struct DaemonOptions {
     pub socket: PathBuf,
     /// For the keeper's status and for logs.
     pub name: String,
-    /// How long to wait for the keeper to listen.
-    pub connect_deadline: Duration,
+    /// How long to wait for the keeper to listen; `None`: for ever.
+    pub connect_deadline: Option<Duration>,
+    /// How long to go on after SIGTERM until a keeper has taken back what is held here. There is nothing to wait for when
+    /// nothing is held.
+    pub leave_patience: Duration,
     /// Where the volumes' numbers can be read while the daemon runs.
     pub metrics: Metrics,
+    /// Where they are shown over HTTP as well.
+    pub http: Option<SocketAddr>,
+    /// Memory for file contents over all volumes, in bytes. `None`: each volume has what its configuration says.
+    pub memory: Option<usize>,
 }
 
 impl DaemonOptions {
@@ -58,8 +77,11 @@ impl DaemonOptions {
         Self {
             socket: socket.into(),
             name: format!("forebay-fuse-{}", std::process::id()),
-            connect_deadline: Duration::from_secs(10),
+            connect_deadline: Some(Duration::from_secs(10)),
+            leave_patience: LEAVE_PATIENCE,
             metrics: Metrics::default(),
+            http: None,
+            memory: None,
         }
     }
 }
@@ -70,7 +92,16 @@ pub enum DaemonError {
     /// No runtime could be made.
     #[error("the runtime cannot start")]
     Runtime(#[source] io::Error),
-    /// The keeper is gone, or never was.
+    /// Nothing can be shown over HTTP.
+    #[error("cannot listen on {address}")]
+    Http {
+        /// Where.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// There never was a keeper.
     #[error(transparent)]
     Keeper(#[from] LinkError),
     /// A session ended while its volume was still mounted. The process must end, so that a standby takes over.
@@ -100,12 +131,15 @@ pub trait Volumes {
 /// **The caller must exit the process when this returns.** Its threads still serve, so that no request is answered with
 /// an error because its daemon leaves; the keeper gives the mounts to the next daemon when this process is gone.
 pub fn run(options: DaemonOptions) -> Result<(), DaemonError> {
-    run_with(options, Workers)
+    let memory = options.memory.map(MemoryBudget::new);
+    options.metrics.set_memory(memory.clone());
+    run_with(options, Workers { memory })
 }
 
 /// [`run`] with trees from elsewhere.
 pub fn run_with<V: Volumes>(options: DaemonOptions, volumes: V) -> Result<(), DaemonError> {
-    let DaemonOptions { socket, name, connect_deadline, metrics } = options;
+    // The budget belongs to whoever makes the trees.
+    let DaemonOptions { socket, name, connect_deadline, leave_patience, metrics, http, memory: _ } = options;
     let threads = std::thread::available_parallelism().map_or(MIN_THREADS, |count| count.get().max(MIN_THREADS));
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(threads)
@@ -115,19 +149,55 @@ pub fn run_with<V: Volumes>(options: DaemonOptions, volumes: V) -> Result<(), Da
         .map_err(DaemonError::Runtime)?;
     let stop = Arc::new(AtomicBool::new(false));
     runtime.block_on(async { spawn_signals(&stop) }).map_err(DaemonError::Runtime)?;
+    if let Some(address) = http {
+        let listener = runtime.block_on(tokio::net::TcpListener::bind(address));
+        let listener = listener.map_err(|source| DaemonError::Http { address, source })?;
+        // It is never stopped: like everything here it ends with the process.
+        runtime.spawn(forebay_exposition::serve(listener, Arc::new(metrics.clone()), CancellationToken::new()));
+    }
     let progress = Arc::new(AtomicU64::new(0));
     runtime.spawn(count_progress(progress.clone()));
-    let link = DaemonLink::connect(
-        &socket,
-        LinkOptions { name, progress: Box::new(move || progress.load(Ordering::Relaxed)), deadline: connect_deadline },
-    )?;
-    let mut daemon = Daemon { runtime, link, volumes, metrics, held: HashMap::new() };
+    let options = || {
+        let progress = progress.clone();
+        let progress = Box::new(move || progress.load(Ordering::Relaxed));
+        LinkOptions { name: name.clone(), progress, deadline: Duration::ZERO }
+    };
+    let Some(link) = connect(&socket, options, connect_deadline, &stop)? else { return Ok(()) };
+    let mut daemon = Daemon { runtime, link, leave_patience, volumes, metrics, held: HashMap::new() };
     let result = daemon.serve(&stop);
     // Everything is left to the exit. Ending the runtime would drop requests, and a request that is dropped is answered
     // with an error; one that is merely taken is sent again to the next daemon. And as long as the link stands, the
     // keeper waits: it hangs up when the last thread of this process is gone.
     std::mem::forget(daemon);
     result
+}
+
+/// Connects as soon as there is a keeper; `None` when it is to stop before.
+fn connect(
+    socket: &Path,
+    options: impl Fn() -> LinkOptions,
+    deadline: Option<Duration>,
+    stop: &AtomicBool,
+) -> Result<Option<DaemonLink>, LinkError> {
+    let began = Instant::now();
+    let mut pause = CONNECT_PAUSE.0;
+    let mut told = false;
+    while !stop.load(Ordering::Relaxed) {
+        let error = match DaemonLink::connect(socket, options()) {
+            Ok(link) => return Ok(Some(link)),
+            Err(error) => error,
+        };
+        if deadline.is_some_and(|deadline| began.elapsed() >= deadline) {
+            return Err(error);
+        }
+        if !std::mem::replace(&mut told, true) {
+            let cause = std::error::Error::source(&error).map(ToString::to_string);
+            tracing::info!(socket = %socket.display(), %error, cause, "waiting for a keeper");
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(CONNECT_PAUSE.1);
+    }
+    Ok(None)
 }
 
 fn spawn_signals(stop: &Arc<AtomicBool>) -> io::Result<()> {
@@ -144,6 +214,15 @@ fn spawn_signals(stop: &Arc<AtomicBool>) -> io::Result<()> {
     Ok(())
 }
 
+/// Passes on how a volume is, for ever.
+async fn follow_health(mut states: BoxStream<'static, Health>, told: watch::Sender<Option<Health>>) {
+    while let Some(health) = states.next().await {
+        told.send_replace(Some(health));
+    }
+    // Whoever has nothing more to say stays as he said.
+    std::future::pending().await
+}
+
 async fn count_progress(progress: Arc<AtomicU64>) {
     let mut ticks = tokio::time::interval(PROGRESS);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -156,12 +235,13 @@ async fn count_progress(progress: Arc<AtomicU64>) {
 /// A volume, in one of its two states.
 enum Volume<T: Tree> {
     Prepared { encoded: Vec<u8>, config: VolumeConfig, tree: T },
-    Attached { running: Running, tasks: Vec<JoinHandle<()>> },
+    Attached { running: Running, tasks: Vec<JoinHandle<()>>, health: watch::Receiver<Option<Health>> },
 }
 
 struct Daemon<V: Volumes> {
     runtime: Runtime,
     link: DaemonLink,
+    leave_patience: Duration,
     volumes: V,
     metrics: Metrics,
     held: HashMap<String, Volume<V::Tree>>,
@@ -180,9 +260,24 @@ enum AttachFailure {
 
 impl<V: Volumes> Daemon<V> {
     fn serve(&mut self, stop: &AtomicBool) -> Result<(), DaemonError> {
-        while !stop.load(Ordering::Relaxed) {
-            match self.link.next_message(Some(TICK))? {
-                None => self.look_after_sessions()?,
+        let mut leaving: Option<Instant> = None;
+        loop {
+            self.metrics.set_linked(self.link.is_connected());
+            if stop.load(Ordering::Relaxed) {
+                let since = *leaving.get_or_insert_with(Instant::now);
+                if self.link.leave() {
+                    break;
+                }
+                if since.elapsed() >= self.leave_patience {
+                    tracing::warn!("no keeper has taken back what is held here: its mounts may end now");
+                    break;
+                }
+            }
+            match self.link.next_message(Some(TICK)) {
+                None => {
+                    self.look_after_sessions()?;
+                    self.tell_health();
+                }
                 Some(Message::Role(role)) => tracing::info!(?role, "role"),
                 Some(Message::Prepare { volume, config }) => {
                     // A standby that cannot prepare will say why when it has to attach.
@@ -192,19 +287,20 @@ impl<V: Volumes> Daemon<V> {
                 }
                 Some(Message::Attach(attach)) => {
                     let (volume, generation) = (attach.volume.clone(), attach.generation);
-                    let sender = self.link.sender();
                     match self.attach(attach) {
                         Ok(()) => {
-                            sender.attached(&volume, generation)?;
+                            self.link.attached(&volume, generation);
                             tracing::info!(volume, generation, "attached");
                         }
                         Err(error) => {
                             tracing::error!(volume, generation, %error, "the volume cannot be attached");
-                            sender.attach_failed(&volume, generation, &error.to_string())?;
+                            self.link.attach_failed(&volume, generation, &error.to_string());
                         }
                     }
                 }
                 Some(Message::Detach { volume }) => self.detach(&volume),
+                Some(Message::Go) if leaving.is_some() => break,
+                Some(Message::Go) => tracing::warn!("may go without having asked"),
                 Some(Message::Stop) => break,
             }
         }
@@ -254,16 +350,22 @@ impl<V: Volumes> Daemon<V> {
             fs.tree().changes()
         };
         let running = session::attach(fs.clone(), adapter, notices.clone(), fuse, &init, first)?;
-        self.metrics.add(&volume, VolumeSource::new(&fs, &notices, |fs| V::metrics(fs.tree())));
+        let (health_sender, health) = watch::channel(None);
+        let source = VolumeSource::new(config.name, health.clone(), &fs, &notices, |fs| V::metrics(fs.tree()));
+        self.metrics.add(&volume, source);
         let tasks = vec![
             self.runtime.spawn({
                 let fs = fs.clone();
                 async move { follow(&fs, changes, &notices).await }
             }),
             self.runtime.spawn(carry_over(fs.clone(), V::metrics)),
+            self.runtime.spawn({
+                let fs = fs.clone();
+                async move { follow_health(fs.tree().health(), health_sender).await }
+            }),
             self.runtime.spawn(async move { fs.maintain().await }),
         ];
-        self.held.insert(volume, Volume::Attached { running, tasks });
+        self.held.insert(volume, Volume::Attached { running, tasks, health });
         Ok(())
     }
 
@@ -271,6 +373,18 @@ impl<V: Volumes> Daemon<V> {
         self.metrics.remove(volume);
         close(self.held.remove(volume));
         tracing::info!(volume, "detached");
+    }
+
+    /// Tells the keeper how volumes are, where that changed.
+    fn tell_health(&mut self) {
+        for (name, volume) in &mut self.held {
+            let Volume::Attached { health, .. } = volume else { continue };
+            if health.has_changed().unwrap_or(false)
+                && let Some(health) = health.borrow_and_update().as_ref()
+            {
+                self.link.health(name, health);
+            }
+        }
     }
 
     /// A session ends by itself when its mount is gone; the keeper says so soon. Any other end is fatal.
@@ -285,7 +399,8 @@ impl<V: Volumes> Daemon<V> {
             .map(|(name, _)| name.clone())
             .collect();
         for name in ended {
-            let Some(Volume::Attached { running, tasks }) = self.held.remove(&name) else { continue };
+            let Some(Volume::Attached { running, tasks, health: _ }) = self.held.remove(&name) else { continue };
+            self.link.gone(&name);
             running.close();
             tasks.iter().for_each(JoinHandle::abort);
             self.metrics.remove(&name);
@@ -306,7 +421,7 @@ impl<V: Volumes> Daemon<V> {
 /// Lets go of a volume: its tasks end, its session ends with the mount.
 fn close<T: Tree>(volume: Option<Volume<T>>) {
     match volume {
-        Some(Volume::Attached { running, tasks }) => {
+        Some(Volume::Attached { running, tasks, health: _ }) => {
             running.close();
             tasks.iter().for_each(JoinHandle::abort);
         }

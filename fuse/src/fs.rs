@@ -32,7 +32,7 @@ use parking_lot::Mutex;
 
 pub use self::xattr::XattrReply;
 use self::{
-    pages::{Held, PAGE_ENTRIES, Pages},
+    pages::{Held, PAGE_ENTRIES, Pages, Ticket},
     readers::Readers,
     throttle::Throttle,
     xattr::Attribute,
@@ -55,6 +55,8 @@ const _: () = assert!(FIRST_ID > AFTER_DOTS, "an entry's id is taken for a dot")
 
 /// How long an absent name is remembered at most: it has no record by which it could be expired when changes were missed.
 const ABSENT_TTL: Duration = Duration::from_secs(10);
+/// Times that a look-up asks again when something in its directory changed while the answer was on its way.
+const ASK_AGAIN: u32 = 3;
 /// How often idle readers are dropped.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 /// How often the sums for statfs(2) are asked for.
@@ -100,6 +102,20 @@ impl Attributes {
     pub fn blocks(&self) -> u64 {
         self.size.div_ceil(512)
     }
+}
+
+/// What a look-up found, and how long the kernel may keep it.
+///
+/// An answer that was overtaken by the news of a change must not be kept: the kernel would take it for newer than the
+/// news. (When it looks up a name again that it knows, it holds no lock, so the notification does not wait for that.)
+#[derive(Clone, Copy, Debug)]
+pub struct Found {
+    /// The entry; `None`: there is none.
+    pub attributes: Option<Attributes>,
+    /// How long it may be kept.
+    pub ttl: Duration,
+    /// `None`: it is not kept.
+    ticket: Option<Ticket>,
 }
 
 /// What statfs(2) tells: the dataset's sums, and no free space.
@@ -172,7 +188,7 @@ impl<T: Tree> FileSystem<T> {
     }
 
     /// How long the kernel may remember that a name does not exist.
-    pub fn absent_ttl(&self) -> Duration {
+    fn absent_ttl(&self) -> Duration {
         self.options.ttl.min(ABSENT_TTL)
     }
 
@@ -220,8 +236,8 @@ impl<T: Tree> FileSystem<T> {
         self.pages.forget(directory);
     }
 
-    /// An entry of a directory; `None`: there is none, and the kernel may remember that.
-    pub async fn lookup(&self, parent: u64, name: &[u8]) -> Result<Option<Attributes>, Errno> {
+    /// An entry of a directory. When the kernel has the answer, [`Self::answered`] is to be called.
+    pub async fn lookup(&self, parent: u64, name: &[u8]) -> Result<Found, Errno> {
         let directory = self.directory(parent)?;
         if name.len() > MAX_NAME {
             return Err(Errno::ENAMETOOLONG);
@@ -232,14 +248,42 @@ impl<T: Tree> FileSystem<T> {
         if directory.join(name).is_err() {
             return Err(Errno::ENAMETOOLONG);
         }
-        match self.tree.lookup(&directory, name).await {
+        let mut asked = 0;
+        let (answer, ticket) = loop {
+            let ticket = self.pages.ticket(parent);
+            let answer = self.tree.lookup(&directory, name).await;
+            asked += 1;
+            if self.pages.is_current(ticket) {
+                break (answer, Some(ticket));
+            }
+            if asked > ASK_AGAIN {
+                break (answer, None);
+            }
+        };
+        let attributes = match answer {
             Ok(entry) => {
                 let attributes = self.intern(parent, &entry)?;
                 self.readers.is_current(attributes.id);
-                Ok(Some(attributes))
+                Some(attributes)
             }
-            Err(TreeError::NotFound) => Ok(None),
-            Err(error) => Err(self.refuse("lookup", &directory, &error, During::Metadata)),
+            Err(TreeError::NotFound) => None,
+            Err(error) => return Err(self.refuse("lookup", &directory, &error, During::Metadata)),
+        };
+        let ttl = match (ticket, attributes) {
+            (None, _) => Duration::ZERO,
+            (Some(_), Some(_)) => self.ttl(),
+            (Some(_), None) => self.absent_ttl(),
+        };
+        Ok(Found { attributes, ttl, ticket })
+    }
+
+    /// The kernel was given what a look-up found. If something changed between the answer's coming here and its leaving,
+    /// the kernel may have heard of that first: it is told once more.
+    pub fn answered(&self, parent: u64, name: &[u8], found: &Found) {
+        if let Some(ticket) = found.ticket
+            && !self.pages.is_current(ticket)
+        {
+            self.notices.names(parent, vec![Bytes::copy_from_slice(name)]);
         }
     }
 
@@ -381,7 +425,7 @@ impl<T: Tree> FileSystem<T> {
     }
 
     async fn fetch(&self, id: u64, directory: &DatasetPath, after: &Bytes) -> Result<(Arc<Held>, usize), Errno> {
-        let ticket = self.pages.ticket();
+        let ticket = self.pages.ticket(id);
         match self.tree.list(directory, after, PAGE_ENTRIES).await {
             Ok(page) => Ok((self.pages.keep(ticket, id, after.clone(), page), 0)),
             Err(error) => Err(self.refuse("list", directory, &error, During::Metadata)),

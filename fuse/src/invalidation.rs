@@ -12,7 +12,10 @@
 //!   any more: pages that are dropped under a listing in progress leave the kernel unable to cache that directory again
 //!   (`fuse_add_dirent_to_cache` looks for the page that it was filling, in vain, for as long as the inode lives);
 //! - both wait (on the directory's lock in the kernel) for look-ups and listings that were answered before the change;
-//!   so nothing old enters the cache afterwards.
+//!   so nothing old enters the cache afterwards. Looking up again what the kernel knows takes no such lock: there an old
+//!   answer is not given with a time to keep it ([`FileSystem::lookup`]), and one that was just on its way to the kernel
+//!   is followed by another notice ([`FileSystem::answered`]). What is left is the moment between the kernel's waking
+//!   of the program that waits for such an answer and the program's noting it.
 
 use std::{collections::HashSet, io};
 
@@ -220,7 +223,7 @@ mod tests {
         // Nobody looked at it: the kernel knows only the root.
         let log = rig.settle(|tree| drop(tree.put(&path("/d/g"), Contents::Given(Bytes::new())))).await;
         assert!(log.is_empty(), "{log:?}");
-        let d = rig.fs.lookup(1, b"d").await.unwrap().unwrap().id;
+        let d = rig.fs.lookup(1, b"d").await.unwrap().attributes.unwrap().id;
         let log = rig.settle(|tree| drop(tree.put(&path("/d/f"), Contents::Given(Bytes::new())))).await;
         assert_eq!(log, [format!("{d}/f"), format!("{d}/."), format!("listing {d}")]);
         rig.kernel.known.push(format!("{d}/g"));
@@ -235,9 +238,9 @@ mod tests {
             let mut rig = Rig::new();
             rig.tree.put(&path("/d/f"), Contents::Given(Bytes::new())).unwrap();
             rig.tree.put(&path("/e"), Contents::Given(Bytes::new())).unwrap();
-            let d = rig.fs.lookup(1, b"d").await.unwrap().unwrap().id;
-            rig.fs.lookup(d, b"f").await.unwrap().unwrap();
-            rig.fs.lookup(1, b"e").await.unwrap().unwrap();
+            let d = rig.fs.lookup(1, b"d").await.unwrap().attributes.unwrap().id;
+            rig.fs.lookup(d, b"f").await.unwrap().attributes.unwrap();
+            rig.fs.lookup(1, b"e").await.unwrap().attributes.unwrap();
             let change = Change::Names { directory: path("/"), names };
             let log = rig.settle(|tree| tree.announce(change.clone())).await;
             assert_eq!(log, ["1/d", "1/e", "1/.", "listing 1"]);
@@ -251,9 +254,9 @@ mod tests {
         let mut rig = Rig::new();
         rig.tree.put(&path("/d/f"), Contents::Given(Bytes::new())).unwrap();
         rig.tree.put(&path("/e"), Contents::Given(Bytes::new())).unwrap();
-        let d = rig.fs.lookup(1, b"d").await.unwrap().unwrap().id;
-        rig.fs.lookup(d, b"f").await.unwrap().unwrap();
-        rig.fs.lookup(1, b"e").await.unwrap().unwrap();
+        let d = rig.fs.lookup(1, b"d").await.unwrap().attributes.unwrap().id;
+        rig.fs.lookup(d, b"f").await.unwrap().attributes.unwrap();
+        rig.fs.lookup(1, b"e").await.unwrap().attributes.unwrap();
         let log = rig.settle(|tree| tree.announce(Change::Everything)).await;
         let all = ["1/d", &format!("{d}/f"), "1/e", "1/.", "listing 1", &format!("{d}/."), &format!("listing {d}")];
         assert_eq!(log, all);

@@ -18,6 +18,7 @@ pub mod daemon;
 pub mod errno;
 pub mod fs;
 pub mod invalidation;
+mod limit;
 pub mod memory;
 pub mod metrics;
 pub mod notices;
@@ -26,5 +27,6 @@ pub mod session;
 pub mod table_file;
 pub mod tree;
 
-pub use config::VolumeConfig;
+pub use config::{DatasetRef, KeySource, TableSource, VolumeConfig};
 pub use daemon::{DaemonError, DaemonOptions};
+pub use limit::default_memory_budget;

@@ -1,14 +1,25 @@
 //! Numbers of the volumes that a daemon serves, for whoever shows them.
 
+mod text;
+
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Weak},
+    fmt,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
-use forebay_client::ClientMetrics;
-use forebay_keeper::tables::{Counter, CounterSnapshot, NodeStats, OpenStats};
+use forebay_client::{ClientMetrics, MemoryBudget, MemoryUsage};
+use forebay_exposition::Exposed;
+use forebay_keeper::{
+    Health,
+    tables::{Counter, CounterSnapshot, NodeStats, OpenStats},
+};
 use parking_lot::Mutex;
+use tokio::sync::watch;
 
 use crate::{fs::FileSystem, notices::Notices, tree::Tree};
 
@@ -17,6 +28,8 @@ use crate::{fs::FileSystem, notices::Notices, tree::Tree};
 pub struct VolumeMetrics {
     /// Name of the volume.
     pub volume: String,
+    /// `namespace/name` of its dataset.
+    pub dataset: String,
     /// Requests by operation, and what else survives the daemon: totals since the volume was mounted.
     pub counters: CounterSnapshot,
     /// The node table.
@@ -25,17 +38,21 @@ pub struct VolumeMetrics {
     pub opens: OpenStats,
     /// Times that invalidations came faster than the kernel took them, so that all names were expired instead.
     pub notice_overflows: u64,
+    /// How it is; `None` while that is not known.
+    pub health: Option<Health>,
     /// Of the client, since this daemon prepared the volume.
     pub client: Option<ClientMetrics>,
 }
 
-type Snapshot = dyn Fn(&str) -> Option<VolumeMetrics> + Send + Sync;
+type Source = dyn Fn(&str) -> Option<VolumeMetrics> + Send + Sync;
 
 /// Where one volume's numbers come from. It keeps nothing alive.
-pub(crate) struct VolumeSource(Arc<Snapshot>);
+pub(crate) struct VolumeSource(Arc<Source>);
 
 impl VolumeSource {
     pub(crate) fn new<T: Tree>(
+        dataset: String,
+        health: watch::Receiver<Option<Health>>,
         fs: &Arc<FileSystem<T>>,
         notices: &Arc<Notices>,
         client: impl Fn(&FileSystem<T>) -> Option<ClientMetrics> + Send + Sync + 'static,
@@ -45,10 +62,12 @@ impl VolumeSource {
             let (fs, notices) = (Weak::upgrade(&fs)?, Weak::upgrade(&notices)?);
             Some(VolumeMetrics {
                 volume: volume.to_owned(),
+                dataset: dataset.clone(),
                 counters: fs.counters().snapshot(),
                 nodes: fs.tables().nodes.stats(),
                 opens: fs.tables().opens.stats(),
                 notice_overflows: notices.overflows(),
+                health: health.borrow().clone(),
                 client: client(&fs),
             })
         }))
@@ -78,10 +97,12 @@ pub(crate) async fn carry_over<T: Tree>(fs: Arc<FileSystem<T>>, client: fn(&T) -
 #[derive(Clone, Default)]
 pub struct Metrics {
     volumes: Arc<Mutex<BTreeMap<String, VolumeSource>>>,
+    linked: Arc<AtomicBool>,
+    memory: Arc<Mutex<Option<MemoryBudget>>>,
 }
 
-impl std::fmt::Debug for Metrics {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list().entries(self.volumes.lock().keys()).finish()
     }
 }
@@ -98,6 +119,42 @@ impl Metrics {
 
     pub(crate) fn remove(&self, volume: &str) {
         self.volumes.lock().remove(volume);
+    }
+
+    /// Whether a keeper is connected now.
+    pub(crate) fn set_linked(&self, linked: bool) {
+        self.linked.store(linked, Ordering::Relaxed);
+    }
+
+    /// The memory that all volumes share, if they do.
+    pub(crate) fn set_memory(&self, memory: Option<MemoryBudget>) {
+        *self.memory.lock() = memory;
+    }
+
+    fn memory(&self, volumes: &[VolumeMetrics]) -> MemoryUsage {
+        if let Some(shared) = &*self.memory.lock() {
+            return shared.usage();
+        }
+        volumes.iter().filter_map(|volume| volume.client.as_ref()).fold(MemoryUsage::default(), |sum, client| {
+            MemoryUsage {
+                total: sum.total + client.budget_total,
+                used: sum.used + client.budget_used,
+                peak: sum.peak + client.budget_peak,
+                waits: sum.waits + client.budget_waits,
+            }
+        })
+    }
+}
+
+impl Exposed for Metrics {
+    async fn metrics(&self) -> Result<String, fmt::Error> {
+        let volumes = self.snapshot();
+        let memory = self.memory(&volumes);
+        text::Snapshot { linked: self.linked.load(Ordering::Relaxed), memory, volumes }.text()
+    }
+
+    fn not_ready(&self) -> Option<String> {
+        (!self.linked.load(Ordering::Relaxed)).then(|| "no keeper is connected".to_owned())
     }
 }
 
@@ -125,10 +182,16 @@ mod tests {
         let fs = Arc::new(FileSystem::new(MemoryTree::new(), tables, notices.clone(), options));
         let metrics = Metrics::default();
         assert!(metrics.snapshot().is_empty());
-        metrics.clone().add("a", VolumeSource::new(&fs, &notices, |_| None));
+        let (health, told) = watch::channel(None);
+        metrics.clone().add("a", VolumeSource::new("ns/data".to_owned(), told, &fs, &notices, |_| None));
+        health.send_replace(Some(Health::default()));
         fs.counters().add(Counter::Read, 3);
         let [volume] = <[VolumeMetrics; 1]>::try_from(metrics.snapshot()).unwrap();
         assert_eq!((volume.volume.as_str(), volume.counters.get(Counter::Read)), ("a", 3));
+        assert_eq!((volume.dataset.as_str(), volume.health), ("ns/data", Some(Health::default())));
+        assert!(metrics.not_ready().is_some());
+        metrics.set_linked(true);
+        assert_eq!(metrics.not_ready(), None);
         // Numbers keep nothing alive.
         drop(fs);
         assert!(metrics.snapshot().is_empty());

@@ -1,20 +1,26 @@
 //! The tree of a dataset that cache workers serve: [`Tree`] over the client library.
 
-use std::{fs, path::Path, sync::Arc, time::Duration};
+mod health;
+mod named;
+mod reader;
 
-use bytes::Bytes;
-use forebay_client::{Client, ClientConfig, ClientMetrics, DatasetClient, Event, FileReader};
+use std::{sync::Arc, time::Duration};
+
+use forebay_client::{Client, ClientConfig, ClientMetrics, Event, MemoryBudget};
+use forebay_keeper::Health;
 use forebay_protocol::{
-    DatasetId, DatasetPath, FileVersion, handshake::RuntimeKey, identity::directory_placement_key,
-    placement::Placement, table::WorkerTable, worker::StatusRequest,
+    DatasetId, DatasetPath, FileVersion, identity::directory_placement_key, placement::Placement, table::WorkerTable,
+    worker::StatusRequest,
 };
-use futures::{StreamExt, stream::BoxStream};
+use futures::{StreamExt, stream, stream::BoxStream};
 
+use self::named::Named;
+pub use self::reader::NamedReader;
 use crate::{
-    config::{ConfigError, VolumeConfig},
+    config::{ConfigError, TableSource, VolumeConfig},
     daemon::Volumes,
     table_file::TableFile,
-    tree::{Change, Entry, Inspection, ListPage, Reader, Totals, Tree, TreeError},
+    tree::{Change, Entry, Inspection, ListPage, Totals, Tree, TreeError},
 };
 
 /// A worker that does not tell the dataset's sums in this time is not asked again until the next round.
@@ -22,38 +28,46 @@ const TOTALS_DEADLINE: Duration = Duration::from_secs(5);
 /// Workers asked for sums at once.
 const ASKED_AT_ONCE: usize = 16;
 
-/// Opens the trees of volumes: a client for each, fed by the volume's table file.
+/// Opens the trees of volumes: a client for each, fed by the volume's table file or found by its service.
 #[derive(Debug, Default)]
-pub struct Workers;
+pub struct Workers {
+    /// Memory that all volumes share; without it each has its own, as its configuration says.
+    pub memory: Option<MemoryBudget>,
+}
 
 impl Volumes for Workers {
     type Tree = WorkersTree;
 
     fn open(&mut self, config: &VolumeConfig) -> Result<WorkersTree, ConfigError> {
-        let key = read_key(&config.key_file)?;
-        let (file, table) = TableFile::open(&config.table_file);
-        // It ends when the client, which holds the receiver, is gone.
-        tokio::spawn(file.watch());
-        let client = Client::new(
-            ClientConfig {
-                name: config.name.clone(),
-                key,
-                budget: usize::try_from(config.budget_bytes).unwrap_or(usize::MAX),
-                deadline: config.deadline(),
-                max_read_ahead: config.max_read_ahead_bytes,
-                connections_per_worker: config.connections_per_worker as usize,
-            },
-            table,
-        );
-        let dataset = client.dataset(config.dataset);
+        let own = || MemoryBudget::new(usize::try_from(config.budget_bytes).unwrap_or(usize::MAX));
+        let client_config = ClientConfig {
+            name: config.name.clone(),
+            key: config.key.load()?,
+            memory: self.memory.clone().unwrap_or_else(own),
+            deadline: config.deadline(),
+            max_read_ahead: config.max_read_ahead_bytes,
+            connections_per_worker: config.connections_per_worker as usize,
+        };
+        let client = match &config.table {
+            TableSource::Service(service) => Client::of_service(client_config, service.clone()),
+            TableSource::File(path) => {
+                let (file, table) = TableFile::open(path);
+                // It ends when the client, which holds the receiver, is gone.
+                tokio::spawn(file.watch());
+                Client::new(client_config, table)
+            }
+        };
+        let dataset = Named::new(&client, &config.dataset, &config.name, config.deadline());
         // Connects to the owner of the root while nobody waits for it. What it answers does not matter.
         tokio::spawn({
             let dataset = dataset.clone();
             async move {
-                let _ = dataset.list(&DatasetPath::root(), b"", 1).await;
+                if let Ok(dataset) = dataset.wait().await {
+                    let _ = dataset.list(&DatasetPath::root(), b"", 1).await;
+                }
             }
         });
-        Ok(WorkersTree { client, dataset, id: config.dataset })
+        Ok(WorkersTree { client, dataset, name: config.name.clone() })
     }
 
     fn metrics(tree: &WorkersTree) -> Option<ClientMetrics> {
@@ -61,55 +75,37 @@ impl Volumes for Workers {
     }
 }
 
-/// 32 bytes, or as many in hexadecimal digits with white space around them.
-fn read_key(path: &Path) -> Result<RuntimeKey, ConfigError> {
-    let failed = |reason: String| ConfigError::Key { path: path.to_owned(), reason };
-    let contents = fs::read(path).map_err(|error| failed(error.to_string()))?;
-    if let Ok(key) = <[u8; 32]>::try_from(contents.as_slice()) {
-        return Ok(RuntimeKey::new(key));
-    }
-    let mut key = [0; 32];
-    hex::decode_to_slice(contents.trim_ascii(), &mut key)
-        .map_err(|_| failed("neither 32 bytes nor 64 hexadecimal digits".to_owned()))?;
-    Ok(RuntimeKey::new(key))
-}
-
 /// The tree.
 #[derive(Clone)]
 pub struct WorkersTree {
     client: Client,
-    dataset: DatasetClient,
-    id: DatasetId,
-}
-
-impl Reader for FileReader {
-    async fn read(&self, offset: u64, len: usize) -> Result<Vec<Bytes>, TreeError> {
-        FileReader::read(self, offset, len).await
-    }
+    dataset: Named,
+    /// For messages.
+    name: String,
 }
 
 impl Tree for WorkersTree {
-    type Reader = FileReader;
+    type Reader = NamedReader;
 
     async fn lookup(&self, directory: &DatasetPath, name: &[u8]) -> Result<Entry, TreeError> {
-        self.dataset.lookup(directory, name).await
+        self.dataset.wait().await?.lookup(directory, name).await
     }
 
     async fn list(&self, directory: &DatasetPath, after: &[u8], limit: u32) -> Result<ListPage, TreeError> {
-        self.dataset.list(directory, after, limit).await
+        self.dataset.wait().await?.list(directory, after, limit).await
     }
 
-    fn open(&self, path: DatasetPath, version: FileVersion) -> Arc<FileReader> {
-        self.dataset.open(path, version)
+    fn open(&self, path: DatasetPath, version: FileVersion) -> Arc<NamedReader> {
+        Arc::new(NamedReader::new(self.dataset.clone(), path, version))
     }
 
     async fn inspect(&self, path: &DatasetPath, version: &FileVersion) -> Result<Inspection, TreeError> {
-        self.dataset.inspect(path, version).await
+        self.dataset.wait().await?.inspect(path, version).await
     }
 
     fn directory_owner(&self, path: &DatasetPath) -> Option<String> {
         let table = self.client.members();
-        let owner = Placement::new(&table).owner(directory_placement_key(self.id, path))?;
+        let owner = Placement::new(&table).owner(directory_placement_key(self.dataset.id()?, path))?;
         Some(table.members.get(owner)?.name.clone())
     }
 
@@ -118,13 +114,27 @@ impl Tree for WorkersTree {
             Event::Changed { directory, names } => Change::Names { directory, names },
             Event::Reset => Change::Everything,
         };
-        self.dataset.watch().map(change).boxed()
+        let dataset = self.dataset.clone();
+        let found = stream::once(async move {
+            loop {
+                // An error only says that its deadline passed.
+                if let Ok(dataset) = dataset.wait().await {
+                    return dataset.watch();
+                }
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        });
+        found.flatten().map(change).boxed()
     }
 
     async fn totals(&self) -> Option<Totals> {
         let table = self.client.members();
-        let ask = totals_of(&self.client, &table, self.id);
+        let ask = totals_of(&self.client, &table, self.dataset.id()?);
         tokio::time::timeout(TOTALS_DEADLINE * 2, ask).await.ok()?
+    }
+
+    fn health(&self) -> BoxStream<'static, Health> {
+        health::follow(self.client.clone(), self.dataset.clone(), self.name.clone()).boxed()
     }
 }
 
@@ -150,25 +160,4 @@ async fn totals_of(client: &Client, table: &WorkerTable, id: DatasetId) -> Optio
         }
     }
     newest.map(|(_, totals)| totals)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn keys_are_bytes_or_digits() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("key");
-        assert!(matches!(read_key(&path), Err(ConfigError::Key { .. })));
-        let raw = [7u8; 32];
-        for contents in [raw.to_vec(), hex::encode(raw).into_bytes(), format!("{}\n", hex::encode(raw)).into_bytes()] {
-            fs::write(&path, contents).unwrap();
-            assert_eq!(read_key(&path).unwrap().expose(), &raw);
-        }
-        for contents in ["", "00", &"g".repeat(64)] {
-            fs::write(&path, contents).unwrap();
-            assert!(read_key(&path).is_err());
-        }
-    }
 }

@@ -5,8 +5,12 @@ use std::{future::Future, sync::Arc};
 
 use bytes::Bytes;
 pub use forebay_client::{ClientError as TreeError, Entry, EntryKind, Inspection, ListPage};
+use forebay_keeper::Health;
 use forebay_protocol::{DatasetPath, FileVersion};
-use futures::stream::BoxStream;
+use futures::{
+    StreamExt,
+    stream::{self, BoxStream},
+};
 
 /// The sort key of a name; see [`Entry::sort_key`]. Directories sort as if their names ended with `/`: the order in which
 /// object stores list.
@@ -77,6 +81,11 @@ pub trait Tree: Send + Sync + 'static {
 
     /// Sums, as far as they are known; asked now and then in the background, never by a request.
     fn totals(&self) -> impl Future<Output = Option<Totals>> + Send;
+
+    /// How the volume is, and then its changes. What cannot be away is healthy.
+    fn health(&self) -> BoxStream<'static, Health> {
+        stream::iter([Health::default()]).boxed()
+    }
 }
 
 /// Reads one version of one file.

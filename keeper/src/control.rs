@@ -1,14 +1,22 @@
 //! The control thread: the one place that decides who serves.
 //!
 //! It owns every descriptor, table and connection, so nothing is locked. It waits in poll(2) for daemons, commands and
-//! the ends of killed processes, and never makes a call that can block: sends and receives are non-blocking, aborts have
-//! a thread of their own.
+//! the ends of killed processes, and makes no call that can block: sends and receives are non-blocking, aborts have a
+//! thread of their own. (One small file is written when another daemon begins to serve.)
 //!
 //! Life of a hand-over: a connection is lost (hung up, silent, garbage) -> SIGKILL through its pidfd, whatever the
 //! reason, so that "lost" always means "dead" -> its volumes are vacant -> the pidfd becomes readable, or `kill_wait`
 //! passes -> the oldest standby is active and is sent every vacant volume -> it says `Attached`.
+//!
+//! A daemon that says `AttachFailed` is lost for that volume only: the volume is offered to the next one, and when all
+//! have refused, to the active one again after a pause. So a standby may come to serve a volume.
+//!
+//! Life of a restart: the volumes of the earlier keeper are *returning*, the daemons that it had told to serve and that
+//! live are *awaited* -> daemons connect and give back what they hold -> those that serve go on serving, and nothing is
+//! offered to anybody before all that are awaited have said so, died, or been killed because they were too late.
 
 mod connection;
+mod succession;
 mod volume;
 
 use std::collections::BTreeMap;
@@ -24,15 +32,16 @@ use rustix::process::Signal;
 use tokio::sync::mpsc as events;
 
 use crate::handover::socket::{self, Received};
-use crate::handover::{Role, ToDaemon, ToKeeper};
+use crate::handover::{Role, ToDaemon, ToKeeper, WireError};
 use crate::keeper::{self, Event, KeeperOptions, KeeperStatus, LossCause, VolumeState};
 use crate::mount::{MountInfo, fusectl};
 use crate::notify::notify_resend;
 use crate::sys;
 
 use connection::Connection;
-use volume::State;
+pub(crate) use succession::Succession;
 pub(crate) use volume::Volume;
+use volume::{Means, State};
 
 /// Connections at once: two daemons, and what is between accept and hello.
 const MAX_CONNECTIONS: usize = 64;
@@ -52,11 +61,39 @@ const PROBE: Duration = Duration::from_secs(5);
 /// What the handle asks for.
 pub(crate) enum Command {
     Add(Box<Volume>),
-    Remove { volume: String },
-    Find { volume: String, reply: mpsc::SyncSender<Option<MountInfo>> },
-    Status { reply: mpsc::SyncSender<KeeperStatus> },
-    AbortDone { volume: String, connection: u64, error: Option<String> },
+    Remove {
+        volume: String,
+    },
+    Find {
+        volume: String,
+        reply: mpsc::SyncSender<Option<MountInfo>>,
+    },
+    Status {
+        reply: mpsc::SyncSender<KeeperStatus>,
+    },
+    AbortDone {
+        volume: String,
+        connection: u64,
+        error: Option<String>,
+    },
+    /// To end as soon as daemons hold everything, or at the deadline; the reply names what nobody holds.
+    Leave {
+        deadline: Instant,
+        reply: mpsc::SyncSender<Vec<String>>,
+    },
     Stop,
+}
+
+/// What an earlier keeper left.
+#[derive(Default)]
+pub(crate) struct Legacy {
+    pub(crate) volumes: Vec<MountInfo>,
+    /// Where it is recorded who serves; `None`: nowhere.
+    pub(crate) succession: Option<Succession>,
+    /// Daemons that may serve these volumes: process and pidfd.
+    pub(crate) servers: Vec<(i32, OwnedFd)>,
+    /// There may be others: it was not recorded, or the record is lost.
+    pub(crate) unknown_servers: bool,
 }
 
 /// Commands, and how the thread is told of them.
@@ -78,6 +115,28 @@ struct Dying {
     volumes: Vec<String>,
 }
 
+/// A daemon that was told to serve by an earlier keeper.
+struct Awaited {
+    /// `None`: any.
+    process: Option<(i32, OwnedFd)>,
+    until: Instant,
+}
+
+/// Whoever asked this keeper to leave.
+struct Leave {
+    deadline: Instant,
+    reply: mpsc::SyncSender<Vec<String>>,
+}
+
+/// How the thread ends.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// The daemons are told to end, too.
+    Stop,
+    /// They go on.
+    Leave,
+}
+
 pub(crate) struct Control {
     options: KeeperOptions,
     listener: OwnedFd,
@@ -89,14 +148,30 @@ pub(crate) struct Control {
     active: Option<u64>,
     volumes: BTreeMap<String, Volume>,
     dying: Vec<Dying>,
+    awaited: Vec<Awaited>,
+    succession: Option<Succession>,
+    leave: Option<Leave>,
     totals: KeeperStatus,
     probed: Instant,
     buffer: Vec<u8>,
-    stop: bool,
+    end: Option<End>,
 }
 
 impl Control {
-    pub(crate) fn new(options: KeeperOptions, listener: OwnedFd, inbox: Inbox, events: events::Sender<Event>) -> Self {
+    pub(crate) fn new(
+        options: KeeperOptions,
+        listener: OwnedFd,
+        inbox: Inbox,
+        events: events::Sender<Event>,
+        legacy: Legacy,
+    ) -> Self {
+        let Legacy { volumes, succession, servers, unknown_servers } = legacy;
+        let until = Instant::now() + options.rejoin;
+        let known = servers.into_iter().map(|process| Awaited { process: Some(process), until });
+        let unknown = unknown_servers.then_some(Awaited { process: None, until });
+        // Where there is nothing to serve, nobody serves.
+        let awaited = if volumes.is_empty() { Vec::new() } else { known.chain(unknown).collect() };
+        let volumes = volumes.into_iter().map(|info| (info.volume.clone(), Volume::returning(info))).collect();
         Self {
             options,
             listener,
@@ -105,17 +180,20 @@ impl Control {
             connections: BTreeMap::new(),
             next_connection: 1,
             active: None,
-            volumes: BTreeMap::new(),
+            volumes,
             dying: Vec::new(),
+            awaited,
+            succession,
+            leave: None,
             totals: KeeperStatus::default(),
             probed: Instant::now(),
             buffer: Vec::new(),
-            stop: false,
+            end: None,
         }
     }
 
     pub(crate) fn run(mut self) {
-        while !self.stop {
+        while self.end.is_none() {
             let timeout = self.next_deadline().saturating_duration_since(Instant::now()).min(TICK);
             let before = Instant::now();
             let ready = self.poll(timeout);
@@ -133,10 +211,13 @@ impl Control {
             self.reap();
             self.expire();
             self.schedule();
+            self.part();
             self.flush();
         }
         for connection in self.connections.values_mut() {
-            connection.push(&ToDaemon::Stop, None);
+            if self.end == Some(End::Stop) {
+                connection.push(&ToDaemon::Stop, None);
+            }
             // What does not fit into the socket now is not needed: the socket closes.
             let _ = connection.flush(&self.volumes);
         }
@@ -152,6 +233,9 @@ impl Control {
         }
         for dying in &self.dying {
             fds.push(PollFd::new(&dying.pidfd, PollFlags::IN));
+        }
+        for (_, pidfd) in self.awaited.iter().filter_map(|awaited| awaited.process.as_ref()) {
+            fds.push(PollFd::new(pidfd, PollFlags::IN));
         }
         match rustix::event::poll(&mut fds, Some(&socket::timespec(timeout))) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -174,25 +258,30 @@ impl Control {
         let dying = self.dying.iter().filter(|dying| !dying.lingers);
         let dying = dying.map(|dying| dying.deadline.min(Instant::now() + DYING_TICK));
         let volumes = self.volumes.values().filter_map(|volume| volume.deadline(&self.options));
-        connections.chain(dying).chain(volumes).min().unwrap_or_else(|| Instant::now() + TICK)
+        let awaited = self.awaited.iter().map(|awaited| awaited.until);
+        let leave = self.leave.iter().map(|leave| leave.deadline);
+        connections
+            .chain(dying)
+            .chain(volumes)
+            .chain(awaited)
+            .chain(leave)
+            .min()
+            .unwrap_or_else(|| Instant::now() + TICK)
     }
 
     fn commands(&mut self) {
         while let Ok(command) = self.inbox.receiver.try_recv() {
             match command {
                 Command::Add(volume) => {
-                    let prepare = ToDaemon::Prepare { volume: volume.name().to_owned(), config: volume.config.clone() };
-                    for (id, connection) in &mut self.connections {
-                        if connection.hello.is_some() && Some(*id) != self.active {
-                            connection.push(&prepare, None);
-                        }
-                    }
-                    self.volumes.insert(volume.name().to_owned(), *volume);
+                    let name = volume.name().to_owned();
+                    self.volumes.insert(name.clone(), *volume);
+                    self.prepare(&name);
                 }
                 Command::Remove { volume } => {
                     if self.volumes.remove(&volume).is_some() {
-                        let detach = ToDaemon::Detach { volume };
+                        let detach = ToDaemon::Detach { volume: volume.clone() };
                         for connection in self.connections.values_mut().filter(|c| c.hello.is_some()) {
+                            connection.holds.remove(&volume);
                             connection.push(&detach, None);
                         }
                     }
@@ -214,7 +303,18 @@ impl Control {
                         self.tell(Event::Aborted { volume, error });
                     }
                 }
-                Command::Stop => self.stop = true,
+                Command::Leave { deadline, reply } => self.leave = Some(Leave { deadline, reply }),
+                Command::Stop => self.end = Some(End::Stop),
+            }
+        }
+    }
+
+    /// Has every standby hold a volume that it does not hold yet.
+    fn prepare(&mut self, volume: &str) {
+        let Some(message) = self.volumes.get(volume).and_then(Volume::prepare) else { return };
+        for (id, connection) in &mut self.connections {
+            if connection.settled() && Some(*id) != self.active && !connection.holds.contains(volume) {
+                connection.push(&message, Some(volume.to_owned()));
             }
         }
     }
@@ -249,18 +349,23 @@ impl Control {
     fn receive(&mut self, id: u64) {
         for _ in 0..BURST {
             let Some(connection) = self.connections.get_mut(&id) else { return };
-            let packet = match socket::receive(&connection.socket, &mut self.buffer) {
-                Ok(Received::Packet(packet, fds)) if fds.is_empty() => packet,
+            let (packet, fds) = match socket::receive(&connection.socket, &mut self.buffer) {
+                Ok(Received::Packet(packet, fds)) => (packet, fds),
                 Ok(Received::Empty) => return,
                 Ok(Received::Closed) => return self.lose(id, LossCause::HungUp),
-                Ok(Received::Packet(..) | Received::Oversized) => return self.lose(id, LossCause::Garbage),
+                Ok(Received::Oversized) => return self.lose(id, LossCause::Garbage),
                 Err(error) => {
                     tracing::debug!(%error, "cannot receive from a daemon");
                     return self.lose(id, LossCause::HungUp);
                 }
             };
-            match ToKeeper::decode(&packet) {
-                Ok(message) => self.handle(id, message),
+            let message = match ToKeeper::decode(&packet) {
+                Ok((message, expected)) if expected == fds.len() => Ok(message),
+                Ok(_) => Err(WireError::Descriptors),
+                Err(error) => Err(error),
+            };
+            match message {
+                Ok(message) => self.handle(id, message, fds),
                 Err(error) => {
                     tracing::warn!(%error, pid = connection.pid, "not a daemon's message");
                     return self.lose(id, LossCause::Garbage);
@@ -269,26 +374,47 @@ impl Control {
         }
     }
 
-    fn handle(&mut self, id: u64, message: ToKeeper) {
+    fn handle(&mut self, id: u64, message: ToKeeper, fds: Vec<OwnedFd>) {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         connection.heard = Instant::now();
         let pid = connection.pid;
         match message {
-            ToKeeper::Hello { name } if connection.hello.is_none() => {
-                tracing::info!(pid, name, "a daemon joined");
+            ToKeeper::Hello { name, held, leaving } if connection.hello.is_none() => {
+                tracing::info!(pid, name, held, leaving, "a daemon joined");
                 connection.hello = Some(name);
+                connection.to_come = held;
+                connection.leaving = leaving;
                 connection.push(&ToDaemon::Role(Role::Standby), None);
-                for volume in self.volumes.values() {
-                    let (volume, config) = (volume.name().to_owned(), volume.config.clone());
-                    connection.push(&ToDaemon::Prepare { volume, config }, None);
+                if held == 0 {
+                    self.settle(id);
                 }
-                let role = if self.active.is_none() { Role::Active } else { Role::Standby };
-                self.tell(Event::DaemonJoined { pid, role });
             }
             _ if connection.hello.is_none() => self.lose(id, LossCause::Garbage),
             ToKeeper::Hello { .. } => self.lose(id, LossCause::Garbage),
             ToKeeper::Heartbeat { progress: _ } => {}
+            ToKeeper::Held { volume, generation, init, config } => {
+                let (Some(to_come), Ok(fds)) = (connection.to_come.checked_sub(1), fds.try_into()) else {
+                    return self.lose(id, LossCause::Garbage);
+                };
+                connection.to_come = to_come;
+                match Means::check(init, config, fds) {
+                    Ok(means) => self.take_back(id, &volume, generation, means),
+                    Err(error) => tracing::warn!(volume, pid, %error, "a daemon gives back what is not taken"),
+                }
+                if to_come == 0 {
+                    self.settle(id);
+                }
+            }
+            ToKeeper::Holding { volume } => {
+                if self.volumes.contains_key(&volume) {
+                    connection.holds.insert(volume);
+                }
+            }
+            ToKeeper::Leaving => connection.leaving = true,
             ToKeeper::Attached { volume, generation } => {
+                if self.volumes.contains_key(&volume) {
+                    connection.holds.insert(volume.clone());
+                }
                 if let Some(found) = self.volumes.get_mut(&volume)
                     && let Some(event) = found.attached(id, pid, generation)
                 {
@@ -304,7 +430,73 @@ impl Control {
                     self.tell(Event::AttachFailed { volume, pid, error });
                 }
             }
+            ToKeeper::Health { volume, health } => {
+                if let Some(found) = self.volumes.get_mut(&volume)
+                    && found.tell_health(id, &health)
+                {
+                    tracing::info!(volume, ?health, "the health of a volume changed");
+                }
+            }
         }
+    }
+
+    /// A daemon holds a volume since before this connection; `generation`: and serves it, unless 0.
+    fn take_back(&mut self, id: u64, name: &str, generation: u64, means: Means) {
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        let (pid, volume) = (connection.pid, name.to_owned());
+        let Some(found) = self.volumes.get_mut(name) else {
+            if means.ended() {
+                connection.push(&ToDaemon::Detach { volume }, None);
+            } else {
+                tracing::warn!(volume, pid, "a daemon holds a volume that is not on record");
+                connection.unclaimed = true;
+                self.tell(Event::Unclaimed { volume, pid });
+            }
+            return;
+        };
+        connection.holds.insert(volume.clone());
+        let taken = found.take_back(means);
+        if generation > 0 {
+            let before = found.state;
+            if !found.resume(id, generation) {
+                return self.lose(id, LossCause::Rival);
+            }
+            if found.state != before {
+                tracing::info!(volume, pid, "a volume is served as before");
+                self.tell(Event::Resumed { volume, pid });
+            }
+        }
+        if taken {
+            self.prepare(name);
+        }
+    }
+
+    /// A daemon has said all that it begins with.
+    fn settle(&mut self, id: u64) {
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        let pid = connection.pid;
+        for volume in self.volumes.values() {
+            if !connection.holds.contains(volume.name())
+                && let Some(message) = volume.prepare()
+            {
+                connection.push(&message, Some(volume.name().to_owned()));
+            }
+        }
+        // A process id means another process only when this one is gone, and then its descriptor says so.
+        self.awaited.retain(|awaited| awaited.process.as_ref().is_none_or(|(awaited, _)| *awaited != pid));
+        let serves = |volume: &Volume| volume.state == State::Served { connection: id };
+        if self.active.is_none() && self.volumes.values().any(serves) {
+            self.activate(id);
+        }
+        let role = if self.active.is_none_or(|active| active == id) { Role::Active } else { Role::Standby };
+        self.tell(Event::DaemonJoined { pid, role });
+    }
+
+    fn activate(&mut self, id: u64) {
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        tracing::info!(pid = connection.pid, "a daemon is active");
+        connection.push(&ToDaemon::Role(Role::Active), None);
+        self.active = Some(id);
     }
 
     /// Ends a connection. A daemon on it is killed for certain, and its volumes are vacant.
@@ -321,14 +513,12 @@ impl Control {
         match cause {
             LossCause::HungUp => {}
             LossCause::Silent => self.totals.kills_silent += 1,
-            LossCause::AttachTimeout | LossCause::Garbage | LossCause::Backlog => self.totals.kills_other += 1,
+            LossCause::AttachTimeout | LossCause::Garbage | LossCause::Backlog | LossCause::Rival => {
+                self.totals.kills_other += 1;
+            }
         }
         tracing::warn!(pid, ?role, ?cause, "a daemon is lost");
-        match rustix::process::pidfd_send_signal(&connection.pidfd, Signal::KILL) {
-            // Dead already, most of the time.
-            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
-            Err(error) => tracing::error!(pid, %error, "cannot kill a daemon"),
-        }
+        kill(pid, &connection.pidfd);
         let now = Instant::now();
         let mut volumes = Vec::new();
         for volume in self.volumes.values_mut() {
@@ -338,6 +528,8 @@ impl Control {
         }
         if self.active == Some(id) {
             self.active = None;
+        }
+        if role == Role::Active || !volumes.is_empty() {
             let deadline = now + self.options.kill_wait;
             self.dying.push(Dying { pidfd: connection.pidfd, pid, deadline, lingers: false, volumes });
         }
@@ -347,13 +539,11 @@ impl Control {
     /// Finds killed daemons that are gone, and those that take too long.
     fn reap(&mut self) {
         let now = Instant::now();
+        self.awaited.retain(|awaited| awaited.process.as_ref().is_none_or(|(_, pidfd)| !is_gone(pidfd)));
         let mut index = 0;
         while index < self.dying.len() {
             let dying = &mut self.dying[index];
-            let zero = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-            let gone =
-                matches!(rustix::event::poll(&mut [PollFd::new(&dying.pidfd, PollFlags::IN)], Some(&zero)), Ok(1..));
-            if gone {
+            if is_gone(&dying.pidfd) {
                 let Dying { pid, lingers, volumes, .. } = self.dying.swap_remove(index);
                 if lingers {
                     self.resend_late(&volumes);
@@ -377,7 +567,8 @@ impl Control {
             if let Some(volume) = self.volumes.get_mut(name)
                 && let State::Served { .. } | State::Attaching { .. } = volume.state
             {
-                match notify_resend(&volume.fuse) {
+                let Some(means) = &volume.means else { continue };
+                match notify_resend(&means.fuse) {
                     Ok(()) => volume.late_resends += 1,
                     Err(error) => tracing::warn!(%error, volume = name, "cannot ask for requests again"),
                 }
@@ -400,6 +591,7 @@ impl Control {
                 self.lose(id, if backlogged { LossCause::Backlog } else { LossCause::Silent });
             }
         }
+        self.expire_awaited(now);
         let mut stuck = Vec::new();
         for volume in self.volumes.values_mut() {
             if let Some(connection) = volume.attach_overdue(now, &self.options) {
@@ -423,29 +615,81 @@ impl Control {
         }
     }
 
-    /// Makes a standby active when there is no active daemon, and gives it what nobody serves.
-    fn schedule(&mut self) {
-        if self.active.is_none() {
-            if self.dying.iter().any(|dying| !dying.lingers) {
-                return;
-            }
-            // The oldest: it has had the most time to make itself ready.
-            let standby = self.connections.iter_mut().find(|(_, connection)| connection.hello.is_some());
-            let Some((id, connection)) = standby else { return };
-            tracing::info!(pid = connection.pid, "a daemon is active");
-            connection.push(&ToDaemon::Role(Role::Active), None);
-            self.active = Some(*id);
-            for volume in self.volumes.values_mut() {
-                volume.forgive();
-            }
+    /// Daemons that have not come back in time are stopped or stuck.
+    fn expire_awaited(&mut self, now: Instant) {
+        let (late, awaited) = std::mem::take(&mut self.awaited).into_iter().partition(|awaited| awaited.until <= now);
+        self.awaited = awaited;
+        let late: Vec<Awaited> = late;
+        for (pid, pidfd) in late.into_iter().filter_map(|awaited| awaited.process) {
+            tracing::warn!(pid, "a daemon that served has not come back");
+            kill(pid, &pidfd);
+            self.totals.kills_silent += 1;
+            let volumes = self.volumes.keys().cloned().collect();
+            self.dying.push(Dying { pidfd, pid, deadline: now + self.options.kill_wait, lingers: false, volumes });
+            self.tell(Event::DaemonLost { pid, role: Role::Active, cause: LossCause::Silent });
         }
-        let Some(id) = self.active else { return };
-        let Some(connection) = self.connections.get_mut(&id) else { return };
+    }
+
+    /// Makes a standby active when there is no active daemon, and offers what nobody serves.
+    fn schedule(&mut self) {
+        let unsure = !self.awaited.is_empty() || self.dying.iter().any(|dying| !dying.lingers);
+        let daemons = if unsure { Vec::new() } else { self.candidates() };
+        let now = Instant::now();
         for volume in self.volumes.values_mut() {
-            if let Some(message) = volume.attach_to(id) {
+            if let Some((id, message)) = volume.offer(&daemons, now)
+                && let Some(connection) = self.connections.get_mut(&id)
+            {
+                // Before it is told: the packet leaves at the end of this round.
+                if let Some(succession) = &mut self.succession {
+                    succession.add(connection.pid);
+                }
                 connection.push(&message, Some(volume.name().to_owned()));
             }
         }
+    }
+
+    /// The daemons in the order in which they are asked to serve: the active one (made so now, if there is none), then
+    /// the others.
+    fn candidates(&mut self) -> Vec<u64> {
+        // The oldest first: it has had the most time to make itself ready.
+        let able = self.connections.iter().filter(|(_, connection)| connection.settled() && !connection.leaving);
+        let mut daemons: Vec<u64> = able.map(|(id, _)| *id).collect();
+        if self.active.is_none()
+            && let Some(id) = daemons.first()
+        {
+            self.activate(*id);
+        }
+        daemons.sort_by_key(|id| self.active != Some(*id));
+        daemons
+    }
+
+    /// Lets daemons go, and goes: one only when the other holds everything and stays.
+    fn part(&mut self) {
+        if let Some(Leave { deadline, reply }) = &self.leave {
+            let unheld = self.unheld();
+            if unheld.is_empty() || Instant::now() >= *deadline {
+                // Whoever asked may have given up.
+                let _ = reply.send(unheld);
+                self.end = Some(End::Leave);
+            }
+            return;
+        }
+        let held_here =
+            |volume: &String| self.volumes.get(volume).is_none_or(|volume| volume.means.is_some() || !volume.is_live());
+        for connection in self.connections.values_mut().filter(|c| c.leaving && !c.let_go && c.settled()) {
+            if !connection.unclaimed && connection.holds.iter().all(held_here) {
+                tracing::info!(pid = connection.pid, "a daemon may go");
+                connection.let_go = true;
+                connection.push(&ToDaemon::Go, None);
+            }
+        }
+    }
+
+    /// Volumes that would end with this keeper.
+    fn unheld(&self) -> Vec<String> {
+        let staying = || self.connections.values().filter(|connection| connection.settled() && !connection.leaving);
+        let live = self.volumes.values().filter(|volume| volume.is_live()).map(Volume::name);
+        live.filter(|name| !staying().any(|connection| connection.holds.contains(*name))).map(str::to_owned).collect()
     }
 
     fn flush(&mut self) {
@@ -468,7 +712,10 @@ impl Control {
     fn status(&self) -> KeeperStatus {
         let mut status = self.totals.clone();
         let pid_of = |id: u64| self.connections.get(&id).map(|connection| connection.pid);
-        status.volumes = self.volumes.values().map(|volume| volume.status(pid_of)).collect();
+        let holders = |volume: &Volume| {
+            self.connections.values().filter(|connection| connection.holds.contains(volume.name())).count() as u64
+        };
+        status.volumes = self.volumes.values().map(|volume| volume.status(pid_of, holders(volume))).collect();
         status.daemons = self
             .connections
             .iter()
@@ -487,6 +734,20 @@ impl Control {
             Err(events::error::TrySendError::Full(_)) => self.totals.events_dropped += 1,
         }
     }
+}
+
+fn kill(pid: i32, pidfd: &OwnedFd) {
+    match rustix::process::pidfd_send_signal(pidfd, Signal::KILL) {
+        // Dead already, most of the time.
+        Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+        Err(error) => tracing::error!(pid, %error, "cannot kill a daemon"),
+    }
+}
+
+/// Whether every thread of the process has ended.
+fn is_gone(pidfd: &OwnedFd) -> bool {
+    let zero = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    matches!(rustix::event::poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&zero)), Ok(1..))
 }
 
 /// Aborts on a thread of its own (which has a deadline) and reports.

@@ -1,27 +1,33 @@
 //! What keeper and daemon say to each other: one message per packet of a Unix SOCK_SEQPACKET socket.
 //!
 //! ```text
-//! "FBK1" | kind u16 | fields      integers little-endian; bytes and text: length u32, then the bytes
+//! "FBK2" | kind u16 | fields      integers little-endian; bytes and text: length u32, then the bytes
 //! ```
 //!
 //! Both ends are of one machine and usually of one build, but not always: the node plugin and the daemon of a cluster are
 //! upgraded one after the other, so the magic is a version and unknown kinds are refused. Decoding is bounded by the
 //! constants here; what does not decode closes the connection.
+//!
+//! A daemon outlives its keeper, so a conversation begins with what the daemon has: `Hello` says how many volumes it
+//! holds, and as many `Held` follow, each with all that it was given of the volume. A keeper that knows nothing yet takes
+//! them back. What configurations hold (keys, say) is in no file of the keeper for that reason.
 
 pub(crate) mod socket;
+
+use crate::health::{Health, HealthState, MAX_MESSAGE, MAX_REASON};
 
 /// Whether a daemon serves or waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Role {
-    /// It serves every volume.
+    /// It is given every volume that nobody serves.
     Active,
-    /// It takes over when the active one is gone.
+    /// It takes over when the active one is gone, or cannot serve a volume.
     Standby,
 }
 
 /// "FBK" and the version.
-const MAGIC: [u8; 4] = *b"FBK1";
+const MAGIC: [u8; 4] = *b"FBK2";
 /// Longest packet: an attach message with the longest configuration. Well under the default SO_SNDBUF (208 KiB).
 pub(crate) const MAX_PACKET: usize = 128 * 1024;
 /// Descriptors with one message: FUSE, node table, open table, counters.
@@ -59,9 +65,10 @@ pub enum WireError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum ToDaemon {
     Role(Role),
-    /// A volume that a standby may have to serve.
+    /// A volume that a standby may have to serve. With four descriptors, to be held.
     Prepare {
         volume: String,
+        init: Vec<u8>,
         config: Vec<u8>,
     },
     /// With four descriptors.
@@ -76,15 +83,50 @@ pub(crate) enum ToDaemon {
         volume: String,
     },
     Stop,
+    /// The keeper has everything that this daemon holds: one that is leaving may exit.
+    Go,
 }
 
 /// Daemon to keeper.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum ToKeeper {
-    Hello { name: String },
-    Heartbeat { progress: u64 },
-    Attached { volume: String, generation: u64 },
-    AttachFailed { volume: String, generation: u64, error: String },
+    /// The first message. `held`: how many `Held` follow. `leaving`: as if `Leaving` followed them.
+    Hello {
+        name: String,
+        held: u64,
+        leaving: bool,
+    },
+    Heartbeat {
+        progress: u64,
+    },
+    Attached {
+        volume: String,
+        generation: u64,
+    },
+    AttachFailed {
+        volume: String,
+        generation: u64,
+        error: String,
+    },
+    /// A volume that it held before this connection, with the four descriptors. `generation`: of the attachment by which
+    /// it is served, 0 when it is only held.
+    Held {
+        volume: String,
+        generation: u64,
+        init: Vec<u8>,
+        config: Vec<u8>,
+    },
+    /// The descriptors of a volume came with `Prepare` and are held.
+    Holding {
+        volume: String,
+    },
+    /// It would like to exit, and goes on until `Go`.
+    Leaving,
+    /// How a volume that it serves is, when that changed.
+    Health {
+        volume: String,
+        health: Health,
+    },
 }
 
 struct Writer(Vec<u8>);
@@ -168,13 +210,16 @@ impl ToDaemon {
     pub(crate) fn encode(&self) -> Vec<u8> {
         match self {
             Self::Role(role) => Writer::new(1).u64(u64::from(*role == Role::Active)).0,
-            Self::Prepare { volume, config } => Writer::new(2).bytes(volume.as_bytes()).bytes(config).0,
+            Self::Prepare { volume, init, config } => {
+                Writer::new(2).bytes(volume.as_bytes()).bytes(init).bytes(config).0
+            }
             Self::Attach { volume, generation, first, init, config } => {
                 let writer = Writer::new(3).bytes(volume.as_bytes()).u64(*generation).u64(u64::from(*first));
                 writer.bytes(init).bytes(config).0
             }
             Self::Detach { volume } => Writer::new(4).bytes(volume.as_bytes()).0,
             Self::Stop => Writer::new(5).0,
+            Self::Go => Writer::new(6).0,
         }
     }
 
@@ -183,7 +228,11 @@ impl ToDaemon {
         let (kind, mut fields) = Reader::new(packet)?;
         let message = match kind {
             1 => Self::Role(if fields.flag()? { Role::Active } else { Role::Standby }),
-            2 => Self::Prepare { volume: fields.text(MAX_VOLUME)?, config: fields.bytes(MAX_CONFIG)? },
+            2 => Self::Prepare {
+                volume: fields.text(MAX_VOLUME)?,
+                init: fields.bytes(MAX_INIT)?,
+                config: fields.bytes(MAX_CONFIG)?,
+            },
             3 => Self::Attach {
                 volume: fields.text(MAX_VOLUME)?,
                 generation: fields.u64()?,
@@ -193,9 +242,10 @@ impl ToDaemon {
             },
             4 => Self::Detach { volume: fields.text(MAX_VOLUME)? },
             5 => Self::Stop,
+            6 => Self::Go,
             kind => return Err(WireError::Kind(kind)),
         };
-        let fds = if kind == 3 { MAX_FDS } else { 0 };
+        let fds = if matches!(kind, 2 | 3) { MAX_FDS } else { 0 };
         Ok((fields.end(message)?, fds))
     }
 }
@@ -203,19 +253,29 @@ impl ToDaemon {
 impl ToKeeper {
     pub(crate) fn encode(&self) -> Vec<u8> {
         match self {
-            Self::Hello { name } => Writer::new(16).text(name).0,
+            Self::Hello { name, held, leaving } => Writer::new(16).text(name).u64(*held).u64(u64::from(*leaving)).0,
             Self::Heartbeat { progress } => Writer::new(17).u64(*progress).0,
             Self::Attached { volume, generation } => Writer::new(18).bytes(volume.as_bytes()).u64(*generation).0,
             Self::AttachFailed { volume, generation, error } => {
                 Writer::new(19).bytes(volume.as_bytes()).u64(*generation).text(error).0
             }
+            Self::Held { volume, generation, init, config } => {
+                Writer::new(20).bytes(volume.as_bytes()).u64(*generation).bytes(init).bytes(config).0
+            }
+            Self::Holding { volume } => Writer::new(21).bytes(volume.as_bytes()).0,
+            Self::Leaving => Writer::new(22).0,
+            Self::Health { volume, health: Health { state, reason, message } } => {
+                let writer = Writer::new(32).bytes(volume.as_bytes()).u64(state_number(*state));
+                writer.bytes(reason.as_bytes()).bytes(message.as_bytes()).0
+            }
         }
     }
 
-    pub(crate) fn decode(packet: &[u8]) -> Result<Self, WireError> {
+    /// A message and how many descriptors must have come with it.
+    pub(crate) fn decode(packet: &[u8]) -> Result<(Self, usize), WireError> {
         let (kind, mut fields) = Reader::new(packet)?;
         let message = match kind {
-            16 => Self::Hello { name: fields.text(MAX_TEXT)? },
+            16 => Self::Hello { name: fields.text(MAX_TEXT)?, held: fields.u64()?, leaving: fields.flag()? },
             17 => Self::Heartbeat { progress: fields.u64()? },
             18 => Self::Attached { volume: fields.text(MAX_VOLUME)?, generation: fields.u64()? },
             19 => Self::AttachFailed {
@@ -223,9 +283,43 @@ impl ToKeeper {
                 generation: fields.u64()?,
                 error: fields.text(MAX_TEXT)?,
             },
+            20 => Self::Held {
+                volume: fields.text(MAX_VOLUME)?,
+                generation: fields.u64()?,
+                init: fields.bytes(MAX_INIT)?,
+                config: fields.bytes(MAX_CONFIG)?,
+            },
+            21 => Self::Holding { volume: fields.text(MAX_VOLUME)? },
+            22 => Self::Leaving,
+            32 => Self::Health {
+                volume: fields.text(MAX_VOLUME)?,
+                health: Health {
+                    state: state_of(fields.u64()?)?,
+                    reason: fields.text(MAX_REASON)?,
+                    message: fields.text(MAX_MESSAGE)?,
+                },
+            },
             kind => return Err(WireError::Kind(kind)),
         };
-        fields.end(message)
+        let fds = if kind == 20 { MAX_FDS } else { 0 };
+        Ok((fields.end(message)?, fds))
+    }
+}
+
+fn state_number(state: HealthState) -> u64 {
+    match state {
+        HealthState::Healthy => 0,
+        HealthState::Degraded => 1,
+        HealthState::Inaccessible => 2,
+    }
+}
+
+fn state_of(number: u64) -> Result<HealthState, WireError> {
+    match number {
+        0 => Ok(HealthState::Healthy),
+        1 => Ok(HealthState::Degraded),
+        2 => Ok(HealthState::Inaccessible),
+        _ => Err(WireError::Field),
     }
 }
 
@@ -240,7 +334,7 @@ mod tests {
         for message in [
             ToDaemon::Role(Role::Active),
             ToDaemon::Role(Role::Standby),
-            ToDaemon::Prepare { volume: volume.clone(), config: b"{}".to_vec() },
+            ToDaemon::Prepare { volume: volume.clone(), init: vec![7; 104], config: b"{}".to_vec() },
             ToDaemon::Attach {
                 volume: volume.clone(),
                 generation: 3,
@@ -250,6 +344,7 @@ mod tests {
             },
             ToDaemon::Detach { volume: volume.clone() },
             ToDaemon::Stop,
+            ToDaemon::Go,
         ] {
             let bytes = message.encode();
             assert!(bytes.len() <= MAX_PACKET);
@@ -259,13 +354,19 @@ mod tests {
             }
         }
         for message in [
-            ToKeeper::Hello { name: "x".to_owned() },
+            ToKeeper::Hello { name: "x".to_owned(), held: 2, leaving: true },
             ToKeeper::Heartbeat { progress: u64::MAX },
             ToKeeper::Attached { volume: volume.clone(), generation: 1 },
-            ToKeeper::AttachFailed { volume, generation: 1, error: "no".to_owned() },
+            ToKeeper::AttachFailed { volume: volume.clone(), generation: 1, error: "no".to_owned() },
+            ToKeeper::Held { volume: volume.clone(), generation: 7, init: vec![7; 104], config: vec![1; 1000] },
+            ToKeeper::Holding { volume: volume.clone() },
+            ToKeeper::Leaving,
+            ToKeeper::Health { volume: volume.clone(), health: Health::default() },
+            ToKeeper::Health { volume: volume.clone(), health: Health::new(HealthState::Degraded, "Some", "text") },
+            ToKeeper::Health { volume, health: Health::new(HealthState::Inaccessible, "NoWorker", "") },
         ] {
             let mut bytes = message.encode();
-            assert_eq!(ToKeeper::decode(&bytes).unwrap(), message);
+            assert_eq!(ToKeeper::decode(&bytes).unwrap().0, message);
             bytes.push(0);
             assert_eq!(ToKeeper::decode(&bytes), Err(WireError::Length));
         }
@@ -273,20 +374,20 @@ mod tests {
 
     #[test]
     fn the_format_changes_only_with_its_version() {
-        assert_eq!(ToKeeper::Heartbeat { progress: 258 }.encode(), b"FBK1\x11\0\x02\x01\0\0\0\0\0\0");
-        assert_eq!(ToDaemon::Detach { volume: "v".to_owned() }.encode(), b"FBK1\x04\0\x01\0\0\0v");
+        assert_eq!(ToKeeper::Heartbeat { progress: 258 }.encode(), b"FBK2\x11\0\x02\x01\0\0\0\0\0\0");
+        assert_eq!(ToDaemon::Detach { volume: "v".to_owned() }.encode(), b"FBK2\x04\0\x01\0\0\0v");
     }
 
     #[test]
     fn a_long_text_is_cut_at_a_character() {
-        let message = ToKeeper::Hello { name: "ä".repeat(MAX_TEXT) };
-        let ToKeeper::Hello { name } = ToKeeper::decode(&message.encode()).unwrap() else { panic!() };
+        let message = ToKeeper::Hello { name: "ä".repeat(MAX_TEXT), held: 0, leaving: false };
+        let (ToKeeper::Hello { name, .. }, 0) = ToKeeper::decode(&message.encode()).unwrap() else { panic!() };
         assert_eq!(name.len(), MAX_TEXT);
     }
 
     proptest! {
         #[test]
-        fn garbage_is_refused(kind in 0u16..24, body in proptest::collection::vec(any::<u8>(), 0..300)) {
+        fn garbage_is_refused(kind in 0u16..40, body in proptest::collection::vec(any::<u8>(), 0..300)) {
             let mut bytes = MAGIC.to_vec();
             bytes.extend_from_slice(&kind.to_le_bytes());
             bytes.extend_from_slice(&body);
@@ -294,7 +395,7 @@ mod tests {
             if let Ok((message, _)) = ToDaemon::decode(&bytes) {
                 prop_assert_eq!(message.encode(), bytes.clone());
             }
-            if let Ok(message) = ToKeeper::decode(&bytes) {
+            if let Ok((message, _)) = ToKeeper::decode(&bytes) {
                 prop_assert_eq!(message.encode(), bytes);
             }
             let _ = ToDaemon::decode(&body);

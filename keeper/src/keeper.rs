@@ -5,18 +5,20 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rustix::event::EventfdFlags;
 use serde::Serialize;
 use tokio::sync::mpsc as events;
 
-use crate::control::{Command, Control, Inbox, Volume};
+use crate::control::{Command, Control, Inbox, Legacy, Succession, Volume};
 use crate::handover::{MAX_CONFIG, MAX_VOLUME, Role, socket};
-use crate::mount::state::{Record, StateFile};
+use crate::health::Health;
+use crate::mount::state::{Record, StateFile, succession_path};
 use crate::mount::{self, Cleaned, Loss, MountError, MountInfo, MountSpec, TakenDown, check_target, fusectl, teardown};
 use crate::tables::{
     CounterSnapshot, Counters, DEFAULT_MAX_HANDLES, DEFAULT_NODE_ARENA, NodeStats, NodeTable, OpenTable,
@@ -36,8 +38,15 @@ pub struct KeeperOptions {
     pub socket: PathBuf,
     /// Who may be a daemon, beside this process's own user.
     pub allowed_uids: Vec<u32>,
-    /// The record of what is mounted, by which the next keeper cleans up after one that was killed. `None`: no record.
+    /// The record of what is mounted, by which the next keeper cleans up after one that was killed, or goes on where that
+    /// one stopped. `None`: no record. It means nothing after a reboot: best in a file system in memory.
     pub state_file: Option<PathBuf>,
+    /// What to do with mounts of an earlier keeper that are on record: take them over from daemons that have outlived it,
+    /// or (false) take them down.
+    pub resume: bool,
+    /// How long daemons that have outlived an earlier keeper have to come back. A mount that none of them holds is aborted
+    /// then, and one that served and does not come back is killed. They try every 20 ms.
+    pub rejoin: Duration,
     /// A daemon from which nothing is heard for so long is stopped or stuck: it is killed, and a standby takes over.
     pub heartbeat_timeout: Duration,
     /// A daemon that has not attached a volume after so long is stuck, too.
@@ -60,6 +69,8 @@ impl KeeperOptions {
             socket: socket.into(),
             allowed_uids: Vec::new(),
             state_file: None,
+            resume: false,
+            rejoin: Duration::from_secs(10),
             heartbeat_timeout: Duration::from_secs(3),
             attach_timeout: Duration::from_secs(15),
             kill_wait: Duration::from_secs(2),
@@ -94,6 +105,12 @@ pub enum KeeperError {
     /// The keeper's own thread is gone.
     #[error("the keeper has ended")]
     Ended,
+    /// It is about to end: the next one mounts.
+    #[error("the keeper is leaving")]
+    Leaving,
+    /// It has ended, and no daemon holds these volumes: their mounts have ended with it.
+    #[error("nobody holds {0:?}")]
+    Unheld(Vec<String>),
 }
 
 fn system(what: &'static str) -> impl FnOnce(io::Error) -> KeeperError {
@@ -114,6 +131,8 @@ pub enum LossCause {
     Garbage,
     /// It did not read what was sent to it, and was killed.
     Backlog,
+    /// It said that it serves what another one serves, and was killed.
+    Rival,
 }
 
 /// What happened.
@@ -141,6 +160,20 @@ pub enum Event {
         /// Which.
         volume: String,
         /// By whom.
+        pid: i32,
+    },
+    /// A volume of an earlier keeper is served by the same daemon as before.
+    Resumed {
+        /// Which.
+        volume: String,
+        /// By whom.
+        pid: i32,
+    },
+    /// A daemon holds a volume that is not on record: it is left as it is.
+    Unclaimed {
+        /// Which.
+        volume: String,
+        /// Who.
         pid: i32,
     },
     /// A volume is served again.
@@ -191,6 +224,8 @@ pub enum Event {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum VolumeState {
+    /// An earlier keeper mounted it, and no daemon has given it back yet.
+    Returning,
     /// Nobody serves it: requests wait.
     Vacant,
     /// A daemon was told to serve it.
@@ -212,14 +247,18 @@ pub struct VolumeStatus {
     pub state: VolumeState,
     /// The daemon that serves it, or is about to.
     pub daemon: Option<i32>,
-    /// Attachments so far; one more than take-overs, once it is served.
+    /// Attachments so far.
     pub generation: u64,
-    /// Times that another daemon took over.
+    /// Times that another daemon took over, under this keeper.
     pub takeovers: u64,
     /// How long the last one took.
     pub last_takeover_millis: Option<u64>,
     /// Times the keeper itself asked for requests again, after a predecessor that lingered.
     pub late_resends: u64,
+    /// Daemons that hold its descriptors: what keeps the mount alive without this keeper.
+    pub holders: u64,
+    /// How it is; `None` while its daemon has not said so.
+    pub health: Option<Health>,
     /// Requests that wait for an answer; `None` when fusectl is not to be had.
     pub waiting: Option<u64>,
     /// Requests by operation, over all daemons.
@@ -269,24 +308,27 @@ pub struct KeeperStatus {
 /// The owner of mounts, descriptors and tables. Its methods block (on other threads' system calls, each with a deadline),
 /// so asynchronous callers call them from a blocking thread.
 ///
-/// Dropping it tells the daemons to stop and closes its descriptors, but unmounts nothing: see [`Self::shutdown`].
+/// It ends in one of three ways: [`Self::shutdown`] takes everything down; [`Self::leave`] leaves everything to the daemons
+/// and the next keeper; dropping it tells the daemons to stop and closes its descriptors, but unmounts nothing.
 pub struct Keeper {
     commands: mpsc::Sender<Command>,
     wake: Arc<OwnedFd>,
-    control: Option<JoinHandle<()>>,
+    control: Mutex<Option<JoinHandle<()>>>,
     state: Mutex<Option<StateFile>>,
     mounting: Mutex<BTreeSet<String>>,
+    leaving: AtomicBool,
     options: KeeperOptions,
 }
 
 impl Keeper {
-    /// Cleans up after a keeper that was killed, listens, and starts the control thread. The receiver may be dropped.
+    /// Takes over from a keeper that has ended, or cleans up after it, listens, and starts the control thread. The receiver
+    /// may be dropped.
     pub fn start(options: KeeperOptions) -> Result<(Self, events::Receiver<Event>, Vec<Cleaned>), KeeperError> {
         let state = options.state_file.as_deref().map(StateFile::open).transpose();
         let mut state = state.map_err(system("cannot take the record of mounts"))?;
-        let cleaned = match &mut state {
-            Some(state) => state.clean().map_err(system("cannot clean up after the last keeper"))?,
-            None => Vec::new(),
+        let (legacy, cleaned) = match &mut state {
+            Some(state) => inherit(state, &options).map_err(system("cannot clean up after the last keeper"))?,
+            None => (Legacy::default(), Vec::new()),
         };
         let listener = socket::listen(&options.socket, BACKLOG).map_err(system("cannot listen for daemons"))?;
         set_mode(&options).map_err(system("cannot set the mode of the socket"))?;
@@ -296,13 +338,15 @@ impl Keeper {
         let (commands, receiver) = mpsc::channel();
         let (events, event_receiver) = events::channel(EVENTS);
         let inbox = Inbox { wake: Arc::clone(&wake), receiver, sender: commands.clone() };
-        let control = Control::new(options.clone(), listener, inbox, events);
+        let control = Control::new(options.clone(), listener, inbox, events, legacy);
         let control = std::thread::Builder::new()
             .name("keeper-control".to_owned())
             .spawn(move || control.run())
             .map_err(system("cannot start a thread"))?;
         let state = Mutex::new(state);
-        let handle = Self { commands, wake, control: Some(control), state, mounting: Mutex::default(), options };
+        let control = Mutex::new(Some(control));
+        let (mounting, leaving) = (Mutex::default(), AtomicBool::new(false));
+        let handle = Self { commands, wake, control, state, mounting, leaving, options };
         Ok((handle, event_receiver, cleaned))
     }
 
@@ -325,6 +369,9 @@ impl Keeper {
     }
 
     fn mount_reserved(&self, spec: MountSpec) -> Result<MountInfo, KeeperError> {
+        if self.leaving.load(Ordering::Relaxed) {
+            return Err(KeeperError::Leaving);
+        }
         if self.find(&spec.volume)?.is_some() {
             return Err(KeeperError::Exists(spec.volume));
         }
@@ -338,6 +385,7 @@ impl Keeper {
             source: spec.fsname.clone(),
             device: None,
             mode: spec.mode,
+            losses: Vec::new(),
         };
         // Before the mount: a keeper killed in between leaves a record that leads to nothing, not a mount without one.
         self.record(|state| state.put(record.clone()))?;
@@ -349,9 +397,16 @@ impl Keeper {
             }
         };
         record.device = Some(mounted.info.device);
+        record.losses.clone_from(&mounted.info.losses);
         self.record(|state| state.put(record))?;
         let info = mounted.info.clone();
-        self.send(Command::Add(Box::new(Volume::new(mounted, spec.config, nodes, opens, counters))))?;
+        if let Err(error) = self.send(Command::Add(Box::new(Volume::new(mounted, spec.config, nodes, opens, counters))))
+        {
+            // The keeper has ended meanwhile. Its record still has the mount, if it cannot be taken down now.
+            teardown::unmount(&target, info.device, info.mode, Duration::ZERO).map_err(system("cannot unmount"))?;
+            self.record(|state| state.remove(&target))?;
+            return Err(error);
+        }
         Ok(info)
     }
 
@@ -375,8 +430,9 @@ impl Keeper {
         Ok(status)
     }
 
-    /// Unmounts everything (each with the same grace, all at once), tells the daemons to stop, and ends.
-    pub fn shutdown(mut self, grace: Duration) -> Result<(), KeeperError> {
+    /// Unmounts everything (each with the same grace, all at once), tells the daemons to stop, and ends. The record of
+    /// mounts is removed, unless something could not be unmounted: that is left to the next keeper.
+    pub fn shutdown(&self, grace: Duration) -> Result<(), KeeperError> {
         let volumes: Vec<String> = self.status()?.volumes.into_iter().map(|volume| volume.mount.volume).collect();
         let results = std::thread::scope(|scope| {
             let threads: Vec<_> =
@@ -384,16 +440,30 @@ impl Keeper {
             threads.into_iter().map(|thread| thread.join().unwrap_or(Err(KeeperError::Ended))).collect::<Vec<_>>()
         });
         self.stop();
-        if let Some(state) = self.state.get_mut().take() {
+        if let Some(state) = self.state.lock().take() {
             state.finish().map_err(system("cannot remove the record of mounts"))?;
         }
         results.into_iter().collect()
     }
 
-    fn stop(&mut self) {
+    /// Ends and leaves every mount to the daemons, who serve on, and to the next keeper, who resumes with the same record.
+    /// Waits until each volume is held by a daemon that is not about to end itself, at most for `patience`: after that it
+    /// ends all the same, and [`KeeperError::Unheld`] names what ends with it.
+    pub fn leave(&self, patience: Duration) -> Result<(), KeeperError> {
+        self.leaving.store(true, Ordering::Relaxed);
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.send(Command::Leave { deadline: Instant::now() + patience, reply })?;
+        let unheld = answer.recv_timeout(patience + ANSWER).map_err(|_| KeeperError::Ended)?;
+        self.stop();
+        // The lock goes with it; the record stays.
+        drop(self.state.lock().take());
+        if unheld.is_empty() { Ok(()) } else { Err(KeeperError::Unheld(unheld)) }
+    }
+
+    fn stop(&self) {
         // Fails only when the thread has ended.
         let _ = self.send(Command::Stop);
-        if let Some(control) = self.control.take() {
+        if let Some(control) = self.control.lock().take() {
             let _ = control.join();
             let _ = std::fs::remove_file(&self.options.socket);
         }
@@ -427,6 +497,17 @@ impl Drop for Keeper {
     fn drop(&mut self) {
         self.stop();
     }
+}
+
+/// What is on record: to be taken over, or taken down.
+fn inherit(state: &mut StateFile, options: &KeeperOptions) -> io::Result<(Legacy, Vec<Cleaned>)> {
+    let (Some(path), true) = (&options.state_file, options.resume) else {
+        return Ok((Legacy::default(), state.clean()?));
+    };
+    let (volumes, cleaned) = state.resume()?;
+    let (succession, known) = Succession::open(succession_path(path));
+    let servers = succession.alive();
+    Ok((Legacy { volumes, servers, unknown_servers: !known, succession: Some(succession) }, cleaned))
 }
 
 /// A full counter means that the thread will wake anyway.

@@ -17,13 +17,16 @@
 //!   and a deadline;
 //! - a mount that nobody serves is aborted after a deadline: readers get an error, never an endless wait.
 //!
-//! Not handled: a restart of the keeper itself under running daemons. Its mounts die with it, and the next start takes
-//! them down ([`mount::clean_stale`]).
+//! The keeper may end, too. Each daemon holds everything that is needed to serve each volume, serves on without it, and
+//! gives that to the next keeper ([`KeeperOptions::resume`]). What the next keeper must be sure of it has from its own
+//! record, not from daemons: what is mounted where, and which processes may be serving. Only when the keeper and all daemons
+//! are gone at once have the mounts ended.
 
 mod control;
 pub mod daemon;
 mod deadline;
 mod handover;
+mod health;
 pub mod keeper;
 pub mod mount;
 pub mod notify;
@@ -31,6 +34,7 @@ mod sys;
 pub mod tables;
 
 pub use handover::{Role, WireError};
+pub use health::{Health, HealthState, NO_DAEMON};
 pub use keeper::{
     DaemonStatus, Event, Keeper, KeeperError, KeeperOptions, KeeperStatus, LossCause, VolumeState, VolumeStatus,
 };

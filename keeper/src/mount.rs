@@ -95,7 +95,7 @@ impl MountSpec {
 }
 
 /// What this mount has to do without.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "what", rename_all = "camelCase")]
 pub enum Loss {
     /// The read-ahead stays at the kernel's default, so requests are smaller.
@@ -192,7 +192,46 @@ pub(crate) struct Mounted {
 /// Takes down what keepers that were killed left, according to their record, and forgets it. Refused while the keeper of
 /// that record lives. [`crate::Keeper::start`] does this by itself.
 pub fn clean_stale(state_file: &Path) -> io::Result<Vec<Cleaned>> {
-    state::StateFile::open(state_file)?.clean()
+    let mut state = state::StateFile::open(state_file)?;
+    let cleaned = state.clean()?;
+    state.finish()?;
+    Ok(cleaned)
+}
+
+/// What is mounted on a directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MountedAt {
+    /// Its device number: bind mounts of one volume have the same.
+    pub device: Device,
+    /// Type of the file system; [`FUSE_KIND`] when it is a volume of a keeper.
+    pub kind: String,
+    /// As given when it was mounted.
+    pub source: String,
+}
+
+/// What is on top at `target` (a path without symbolic links), by the mount table: nothing is touched, so this does not
+/// wait for anybody.
+pub fn mounted_at(target: &Path) -> io::Result<Option<MountedAt>> {
+    let entry = mountinfo::at(target)?;
+    Ok(entry.map(|mountinfo::Entry { device, target: _, kind, source }| MountedAt {
+        device,
+        kind,
+        source: source.to_string_lossy().into_owned(),
+    }))
+}
+
+/// Unmounts what is on top at `target`, if it is a volume of a keeper or a bind mount of one: tries for `grace` while it is
+/// in use, then takes it out of the tree, where who uses it keeps it. The volume itself goes on; its own mount is taken down
+/// by [`crate::Keeper::unmount`].
+pub fn take_down(target: &Path, grace: Duration) -> io::Result<TakenDown> {
+    match mountinfo::at(target)? {
+        Some(entry) if entry.kind == FUSE_KIND => teardown::remove(target, entry.device, grace),
+        Some(entry) => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("{} is a mount of type {}, not of a volume", target.display(), entry.kind),
+        )),
+        None => Ok(TakenDown::Absent),
+    }
 }
 
 /// The target without symbolic links, found to be a directory that nothing is mounted on.

@@ -41,6 +41,24 @@ pub(crate) fn inherit(command: &mut Command, fd: OwnedFd) {
 /// `include/uapi/asm-generic/socket.h`.
 const SO_PEERPIDFD: libc::c_int = 77;
 
+/// Checks that a descriptor that another process gave is of `/dev/fuse`, without asking anything of a file system that it
+/// may be of instead: its attributes are those that the kernel knows.
+pub(crate) fn check_fuse(fd: impl AsFd) -> io::Result<()> {
+    use rustix::fs::{AtFlags, FileType, OFlags, StatxFlags};
+    // A path-only descriptor would be a FUSE device by its attributes.
+    let path_only = rustix::fs::fcntl_getfl(&fd)?.contains(OFlags::PATH);
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let stat = rustix::fs::statx(&fd, "", flags, StatxFlags::TYPE)?;
+    let character = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::CharacterDevice;
+    if path_only || !character || (stat.stx_rdev_major, stat.stx_rdev_minor) != FUSE_DEVICE {
+        return Err(io::Error::from(io::ErrorKind::InvalidData));
+    }
+    Ok(())
+}
+
+/// MISC_MAJOR and FUSE_MINOR of the kernel.
+const FUSE_DEVICE: (u32, u32) = (10, 229);
+
 /// Whether a process is held by threads in uninterruptible sleep, and all its others are dead. One that was sent SIGKILL
 /// executes nothing of its own any more then: a thread that wakes up ends on its way out of the kernel. `false` when that
 /// can not be told.
@@ -75,6 +93,20 @@ mod tests {
         let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).unwrap();
         assert!(info.contains(&format!("Pid:\t{}\n", std::process::id())), "{info}");
         assert!(peer_pidfd(std::fs::File::open("/dev/null").unwrap()).is_err());
+    }
+
+    #[test]
+    fn only_fuse_is_fuse() {
+        for path in ["/dev/null", "/proc/self/exe", "/"] {
+            assert!(check_fuse(std::fs::File::open(path).unwrap()).is_err(), "{path}");
+        }
+        let (a, _b) = std::os::unix::net::UnixStream::pair().unwrap();
+        assert!(check_fuse(a).is_err());
+        if let Ok(fuse) = std::fs::File::open("/dev/fuse") {
+            check_fuse(fuse).unwrap();
+            let path = rustix::fs::open("/dev/fuse", rustix::fs::OFlags::PATH, rustix::fs::Mode::empty()).unwrap();
+            assert!(check_fuse(path).is_err());
+        }
     }
 
     #[test]

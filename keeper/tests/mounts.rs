@@ -7,6 +7,8 @@
 mod daemon;
 #[path = "mounts/reader.rs"]
 mod reader;
+#[path = "mounts/restart.rs"]
+mod restart;
 #[path = "mounts/rig.rs"]
 mod rig;
 
@@ -19,12 +21,14 @@ use std::time::{Duration, Instant};
 
 use forebay_keeper::mount::{Loss, MountMode, TakenDown};
 use forebay_keeper::tables::Counter;
-use forebay_keeper::{Event, Keeper, KeeperError, KeeperOptions, LossCause, MountError, MountSpec, VolumeState};
+use forebay_keeper::{
+    Event, Keeper, KeeperError, KeeperOptions, KeeperStatus, LossCause, MountError, MountSpec, VolumeState,
+};
 use parking_lot::{Mutex, MutexGuard};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::process::Signal;
 
-use daemon::{Config, fill};
+use daemon::{Config, Refuse, fill};
 use reader::{Reader, probe};
 use rig::{Rig, VOLUME, mounts_under, signal_pid};
 
@@ -54,7 +58,7 @@ fn alone() -> Option<MutexGuard<'static, ()>> {
     Some(ALONE.lock())
 }
 
-const SLOW_READS: Config = Config { read_delay_ms: 3, attach_delay_ms: 0, refuse: false };
+const SLOW_READS: Config = Config { read_delay_ms: 3, attach_delay_ms: 0, refuse: Refuse::Never };
 
 #[test]
 fn kill_30_times_under_readers() {
@@ -205,13 +209,61 @@ fn nobody_takes_over() {
 #[test]
 fn a_daemon_that_refuses_leads_to_an_abort() {
     let Some(_alone) = alone() else { return };
-    let config = Config { refuse: true, ..SLOW_READS };
+    let config = Config { refuse: Refuse::Always, ..SLOW_READS };
     let rig = Rig::new(config, |options| options.abort_after = Duration::from_secs(1));
     rig.wait_event(
         "the refusal",
         |event| matches!(event, Event::AttachFailed { error, .. } if error == "refused as told"),
     );
     rig.wait_event("the abort", |event| matches!(event, Event::Aborted { .. }));
+}
+
+#[test]
+fn a_volume_that_one_daemon_refuses_is_given_to_the_other() {
+    let Some(_alone) = alone() else { return };
+    let rig = Rig::new(SLOW_READS, |_| ());
+    rig.ready();
+    let active = rig.status().active().unwrap();
+    let target = rig.dir.path().join("second");
+    std::fs::create_dir(&target).unwrap();
+    let config = serde_json::to_vec(&Config { refuse: Refuse::OneProcess, ..SLOW_READS }).unwrap();
+    rig.keeper().mount(MountSpec::new("second", &target, config)).unwrap();
+    let served = |status: &KeeperStatus| status.volume("second").is_some_and(|second| second.daemon.is_some());
+    rig.wait("the second volume", |status| {
+        served(status) && status.volumes.iter().all(|v| v.state == VolumeState::Served)
+    });
+    let status = rig.status();
+    let by = |volume| status.volume(volume).unwrap().daemon.unwrap();
+    // Nobody was killed for it, and the volume that is served was left alone.
+    assert_eq!((by(VOLUME), status.active(), status.daemons.len()), (active, Some(active), 2));
+    assert_ne!(by("second"), active);
+    assert_eq!(probe(target.join("data"), Duration::from_secs(5)).unwrap().unwrap(), 1);
+    let reader = Reader::start("direct", &target);
+    // Its daemon dies: the active one refuses, the next that joins does not.
+    signal_pid(by("second"), Signal::KILL);
+    rig.wait("a take-over", |status| status.volume("second").unwrap().takeovers == 1);
+    rig.ready();
+    assert_eq!(rig.status().volume(VOLUME).unwrap().takeovers, 0);
+    assert!(reader.finish() > 0);
+    // And when the active one dies, the other serves both.
+    signal_pid(active, Signal::KILL);
+    rig.wait("a take-over", |status| status.volume(VOLUME).unwrap().takeovers == 1);
+    assert_eq!(rig.status().volume("second").unwrap().takeovers, 1);
+}
+
+#[test]
+fn what_all_refuse_is_offered_again_after_a_pause() {
+    let Some(_alone) = alone() else { return };
+    let started = Instant::now();
+    // Two daemons: refused by both, a second later by both again, two seconds later served.
+    let rig = Rig::new(Config { refuse: Refuse::Times(4), ..SLOW_READS }, |_| ());
+    rig.wait_event("the refusal", |event| matches!(event, Event::AttachFailed { .. }));
+    rig.ready();
+    let took = started.elapsed();
+    assert!((Duration::from_secs(2)..Duration::from_secs(8)).contains(&took), "{took:?}");
+    let refusals = rig.events.lock().iter().filter(|event| matches!(event, Event::AttachFailed { .. })).count();
+    assert_eq!((refusals, rig.status().kills_other), (4, 0));
+    assert_eq!(probe(rig.target.join("data"), Duration::from_secs(5)).unwrap().unwrap(), 1);
 }
 
 #[test]
@@ -285,7 +337,7 @@ fn garbage_on_the_socket_is_closed_and_counted() {
         Err(error) => assert_eq!(error, rustix::io::Errno::CONNRESET),
     };
     for garbage in
-        [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0; 1], &[0xff; 100_000], b"FBK1\x63\0", b"FBK1\x11\0\0\0\0\0\0\0\0\0"]
+        [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0; 1], &[0xff; 100_000], b"FBK2\x63\0", b"FBK2\x11\0\0\0\0\0\0\0\0\0"]
     {
         let socket = connect();
         rustix::net::send(&socket, garbage, rustix::net::SendFlags::empty()).unwrap();
@@ -297,7 +349,7 @@ fn garbage_on_the_socket_is_closed_and_counted() {
     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = rustix::net::SendAncillaryBuffer::new(&mut space);
     assert!(control.push(rustix::net::SendAncillaryMessage::ScmRights(&fds)));
-    let text = [std::io::IoSlice::new(b"FBK1")];
+    let text = [std::io::IoSlice::new(b"FBK2")];
     rustix::net::sendmsg(&socket, &text, &mut control, rustix::net::SendFlags::empty()).unwrap();
     closed(&socket);
     // One that says nothing is let go, and a daemon's own death is not needed for any of it.

@@ -13,24 +13,24 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use forebay_protocol::{DatasetId, FileVersion};
-use redb::{ReadableTable, WriteTransaction};
+use redb::WriteTransaction;
 
 use crate::{
+    Namespace,
     changes::Changes,
     error::IndexError,
-    index::{DATASETS, DIRECTORIES, ENTRIES, GARBAGE, SWEEP, next_id},
+    index::{DIRECTORIES, ENTRIES, GARBAGE, SWEEP, next_id},
     query::{self, entry, rows_after},
-    record::{
-        Complete, DatasetRecord, DirectoryRecord, EntryRecord, Running, Sums, directory_sort_key, entry_key,
-        split_sort_key,
-    },
+    record::{Complete, DirectoryRecord, EntryRecord, Running, Sums, directory_sort_key, entry_key, split_sort_key},
+    sources,
 };
 
 /// A page on its way into the database.
 #[derive(Debug, Clone)]
 pub(crate) struct PageInput {
     pub(crate) dataset: DatasetId,
-    pub(crate) fingerprint: u64,
+    /// What it was asked of.
+    pub(crate) namespace: Arc<Namespace>,
     /// Of the directory's record.
     pub(crate) key: Arc<[u8]>,
     pub(crate) generation: u64,
@@ -139,18 +139,70 @@ pub(crate) fn forget(txn: &WriteTransaction, key: &[u8]) -> Result<(), IndexErro
 
 /// Whatever is listed under a generation, that generation is known after a restart.
 fn remember_generation(txn: &WriteTransaction, input: &PageInput) -> Result<(), IndexError> {
-    let mut datasets = txn.open_table(DATASETS)?;
-    let key = input.dataset.as_bytes().as_slice();
-    let known = match datasets.get(key)? {
-        Some(value) => DatasetRecord::decode(key, value.value()).ok(),
-        None => None,
-    };
-    if known.is_some_and(|known| known.generation >= input.generation) {
-        return Ok(());
+    let known = sources::generation(txn, input.dataset)?;
+    if known.is_none() {
+        // The database was damaged and begun anew: everything in it will be of these sources.
+        sources::settle(txn, input.dataset, &input.namespace.mounts())?;
     }
-    let record = DatasetRecord { generation: input.generation, fingerprint: input.fingerprint };
-    datasets.insert(key, record.encode(key).as_slice())?;
+    if known.is_none_or(|known| known < input.generation) {
+        sources::remember_generation(txn, input.dataset, input.generation)?;
+    }
     Ok(())
+}
+
+/// A mount point came: its name is a directory now, whatever the source around it says.
+pub(crate) fn put_mount(txn: &WriteTransaction, key: &[u8], name: &[u8]) -> Result<Changes, IndexError> {
+    change_mount(txn, key, name, |work, sort_key, changes| {
+        if entry(work.entries, work.id, sort_key)?.is_none() {
+            work.put_directory(sort_key, changes)?;
+        }
+        Ok(())
+    })
+}
+
+/// A mount point went, from a directory that no source answers for.
+pub(crate) fn remove_mount(txn: &WriteTransaction, key: &[u8], name: &[u8]) -> Result<Changes, IndexError> {
+    change_mount(txn, key, name, |work, sort_key, changes| {
+        if work.entries.remove(entry_key(work.id, sort_key).as_slice())?.is_some() {
+            work.running.sums.directories = work.running.sums.directories.saturating_sub(1);
+            work.change(name, changes);
+        }
+        Ok(())
+    })
+}
+
+/// Changes the row of a mount point as a listing would, if the directory's listing has passed it; otherwise the listing
+/// comes to it.
+fn change_mount(
+    txn: &WriteTransaction,
+    key: &[u8],
+    name: &[u8],
+    change: impl FnOnce(&mut Work<'_, '_>, &[u8], &mut Changes) -> Result<(), IndexError>,
+) -> Result<Changes, IndexError> {
+    let mut changes = Changes::default();
+    let mut directories = txn.open_table(DIRECTORIES)?;
+    let Some(mut record) = query::directory(&directories, key)? else { return Ok(changes) };
+    let sort_key = directory_sort_key(name);
+    let complete = record.complete.filter(|_| record.running.is_none());
+    let mut running = match (&record.running, complete) {
+        (Some(running), _) if running.passed.as_ref() >= sort_key.as_slice() => running.clone(),
+        (None, Some(Complete { generation, sums, changed })) => {
+            Running { generation, passed: Bytes::new(), sums, changed, fresh: false }
+        }
+        _ => return Ok(changes),
+    };
+    let after = running.passed.clone();
+    let mut entries = txn.open_table(ENTRIES)?;
+    let mut work = Work { entries: &mut entries, id: record.id, after: &after, running: &mut running };
+    change(&mut work, &sort_key, &mut changes)?;
+    if complete.is_some() {
+        let Running { generation, sums, changed, passed: _, fresh: _ } = running;
+        record.complete = Some(Complete { generation, sums, changed });
+    } else {
+        record.running = Some(running);
+    }
+    directories.insert(key, record.encode(key).as_slice())?;
+    Ok(changes)
 }
 
 type Entries<'txn> = redb::Table<'txn, &'static [u8], &'static [u8]>;

@@ -20,9 +20,9 @@ use bytes::Bytes;
 use forebay_protocol::{DatasetId, DatasetPath, FileVersion, identity::is_valid_name};
 use forebay_under_store::Requests;
 use futures::{Stream, future::BoxFuture};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use quick_cache::sync::Cache;
-use redb::{ReadTransaction, ReadableTable};
+use redb::ReadTransaction;
 use tokio::{sync::mpsc, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -30,12 +30,12 @@ use crate::{
     Index, Namespace,
     changes::Changes,
     error::{IndexError, MetadataError},
-    index::DATASETS,
-    listing::{Failed, Slots, Verdict},
+    listing::{Found, Slots, Verdict},
     query::{self, Answer},
     recheck::Rechecks,
-    record::{DatasetRecord, directory_key},
+    record::directory_key,
     scan::{DirectoryScan, ScanDirectories},
+    sources::{self, Known},
     watch::{Invalidation, Log},
 };
 
@@ -97,8 +97,6 @@ pub struct ListPage {
 /// Settings of a [`DatasetIndex`].
 #[derive(Debug, Clone)]
 pub struct DatasetOptions {
-    /// A number that changes when the sources do (their URIs and options): listings of other sources are forgotten.
-    pub fingerprint: u64,
     /// How long a question waits; a scan of a directory waits so long for each step of its listing.
     pub deadline: Duration,
     /// How long one page may take a source, its retries included.
@@ -118,7 +116,6 @@ pub struct DatasetOptions {
 impl Default for DatasetOptions {
     fn default() -> Self {
         Self {
-            fingerprint: 0,
             deadline: Duration::from_secs(30),
             page_deadline: Duration::from_secs(60),
             page: 1_000,
@@ -166,65 +163,60 @@ pub struct DatasetIndex {
 pub(crate) struct Inner {
     pub(crate) index: Arc<Index>,
     pub(crate) id: DatasetId,
-    pub(crate) namespace: Arc<Namespace>,
+    /// In force; who asks a source notes its serial number.
+    pub(crate) namespace: RwLock<Arc<Namespace>>,
     pub(crate) options: DatasetOptions,
-    /// Of sources and mount points.
-    pub(crate) fingerprint: u64,
     generation: AtomicU64,
     /// Held while the generation is raised, so that every caller gets a number of its own.
     raising: tokio::sync::Mutex<()>,
+    /// Held while sources are replaced.
+    pub(crate) replacing: tokio::sync::Mutex<()>,
     pub(crate) log: Arc<Log>,
     superseded: mpsc::Sender<(DatasetPath, FileVersion)>,
     pub(crate) slots: Slots,
     pub(crate) verdicts: Cache<DatasetPath, Verdict>,
     pub(crate) rechecks: Mutex<Rechecks>,
-    pub(crate) source_problem: Mutex<Option<String>>,
     pub(crate) counters: Counters,
     pub(crate) closed: CancellationToken,
     pub(crate) tasks: TaskTracker,
 }
 
 impl DatasetIndex {
-    /// Takes up a dataset. What was listed before is answered at once, unless it was of other sources.
+    /// Takes up a dataset. What was listed before is answered at once, but for what was of other sources.
     pub async fn open(
         index: Arc<Index>,
         id: DatasetId,
         namespace: Arc<Namespace>,
         options: DatasetOptions,
     ) -> Result<Arc<Self>, MetadataError> {
-        let fingerprint = namespace.fingerprint() ^ options.fingerprint.rotate_left(32);
-        let known = index
-            .read(move |txn| {
-                let key = id.as_bytes().as_slice();
-                Ok(txn.open_table(DATASETS)?.get(key)?.and_then(|value| DatasetRecord::decode(key, value.value()).ok()))
-            })
-            .await?;
-        let generation = known.map_or(0, |known| known.generation);
-        if known.is_none_or(|known| known.fingerprint != fingerprint) {
-            // The listings go first: a crash in between comes here again.
+        let Known { generation, mounts } = sources::known(&index, id).await?;
+        if generation.is_none() {
+            // Whatever is there is of nobody knows what.
             index.forget_directories(id).await?;
-            store_dataset(&index, id, DatasetRecord { generation, fingerprint }, false).await?;
         }
+        let generation = generation.unwrap_or(0);
         let (superseded, receiver) = mpsc::channel(SUPERSEDED);
-        let inner = Inner {
+        let inner = Arc::new(Inner {
             log: Arc::new(Log::new(options.log, generation)),
             index,
             id,
-            namespace,
+            namespace: RwLock::new(namespace.clone()),
             options,
-            fingerprint,
             generation: AtomicU64::new(generation),
             raising: tokio::sync::Mutex::new(()),
+            replacing: tokio::sync::Mutex::new(()),
             superseded,
             slots: Mutex::new(HashMap::new()),
             verdicts: Cache::new(VERDICTS),
             rechecks: Mutex::default(),
-            source_problem: Mutex::new(None),
             counters: Counters::default(),
             closed: CancellationToken::new(),
             tasks: TaskTracker::new(),
-        };
-        Ok(Arc::new(Self { inner: Arc::new(inner), superseded: Mutex::new(Some(receiver)) }))
+        });
+        if mounts != namespace.mounts() {
+            inner.move_listings(mounts, &namespace, u64::MAX).await?;
+        }
+        Ok(Arc::new(Self { inner, superseded: Mutex::new(Some(receiver)) }))
     }
 
     /// Whose metadata this is.
@@ -233,8 +225,15 @@ impl DatasetIndex {
     }
 
     /// The namespace, for those who read what is named here.
-    pub fn namespace(&self) -> &Arc<Namespace> {
-        &self.inner.namespace
+    pub fn namespace(&self) -> Arc<Namespace> {
+        self.inner.namespace()
+    }
+
+    /// Puts other sources in force. What is listed of those that stay is kept, and answered all the while; watchers are
+    /// told of every directory of the others, and of mount points that came or went. After an error the new sources are
+    /// in force already, and calling this again completes the change.
+    pub async fn replace(&self, namespace: Arc<Namespace>) -> Result<(), MetadataError> {
+        self.inner.replace(namespace).await
     }
 
     /// One entry of a directory, as of `generation` or later.
@@ -244,7 +243,7 @@ impl DatasetIndex {
             return Err(MetadataError::NotFound);
         }
         let name = Bytes::copy_from_slice(name);
-        if self.inner.namespace.is_mount(dir, &name) {
+        if self.inner.namespace().is_mount(dir, &name) {
             return Ok(Entry { name, kind: EntryKind::Directory });
         }
         let wanted = name.clone();
@@ -306,8 +305,8 @@ impl DatasetIndex {
             if generation > MAX_GENERATION {
                 return Err(MetadataError::Internal("the generation is exhausted".to_owned()));
             }
-            let record = DatasetRecord { generation, fingerprint: inner.fingerprint };
-            store_dataset(&inner.index, inner.id, record, true).await?;
+            let id = inner.id;
+            inner.index.write(true, move |txn| sources::remember_generation(txn, id, generation)).await?;
             // Somebody may have told of a higher one: what was listed under that is older than this call.
             let raised = inner.generation.compare_exchange(known, generation, Ordering::AcqRel, Ordering::Acquire);
             if raised.is_ok() {
@@ -367,26 +366,7 @@ impl DatasetIndex {
 
     /// Requests made to the sources since the start.
     pub fn requests(&self) -> Requests {
-        self.inner.namespace.stores().fold(Requests::default(), |sum, store| {
-            let Requests { gets, lists, heads, errors, bytes } = store.requests();
-            Requests {
-                gets: sum.gets + gets,
-                lists: sum.lists + lists,
-                heads: sum.heads + heads,
-                errors: sum.errors + errors,
-                bytes: sum.bytes + bytes,
-            }
-        })
-    }
-
-    /// Why a source's last request failed, of whatever kind, while retries may still go on.
-    pub fn store_problem(&self) -> Option<String> {
-        self.inner.namespace.stores().find_map(|store| store.problem())
-    }
-
-    /// What the sources' last listing or HEAD said, if it failed.
-    pub fn source_problem(&self) -> Option<String> {
-        self.inner.source_problem.lock().clone()
+        self.inner.namespace().stores().fold(Requests::default(), |sum, store| sum + store.requests())
     }
 
     /// Counters since the start.
@@ -440,6 +420,15 @@ impl Inner {
         self.generation.load(Ordering::Acquire)
     }
 
+    pub(crate) fn namespace(&self) -> Arc<Namespace> {
+        self.namespace.read().clone()
+    }
+
+    /// Whether a namespace is in force no longer.
+    pub(crate) fn is_replaced(&self, serial: u64) -> bool {
+        self.namespace.read().serial() != serial
+    }
+
     fn adopt(&self, generation: u64) {
         let generation = generation.min(MAX_GENERATION);
         if self.generation.fetch_max(generation, Ordering::AcqRel) < generation {
@@ -469,8 +458,13 @@ impl Inner {
             }
             let generation = self.generation();
             match self.verdicts.get(dir) {
-                Some(Verdict::Missing { generation: of }) if of >= generation => return Err(MetadataError::NotFound),
-                Some(Verdict::Failed(Failed { error, until })) if Instant::now() < until => return Err(error),
+                Some(Verdict { namespace, .. }) if self.is_replaced(namespace) => {}
+                Some(Verdict { what: Found::Missing { generation: of }, .. }) if of >= generation => {
+                    return Err(MetadataError::NotFound);
+                }
+                Some(Verdict { what: Found::Failed { error, until }, .. }) if Instant::now() < until => {
+                    return Err(error);
+                }
                 _ => {}
             }
             if !(settled && listing.is_some()) {
@@ -505,6 +499,8 @@ impl Inner {
                         Some(outcome) => {
                             listing = None;
                             match outcome.result {
+                                Err(MetadataError::Closed) => return Err(MetadataError::Closed),
+                                Err(_) if self.is_replaced(outcome.namespace) => {}
                                 Err(MetadataError::NotFound) if outcome.generation < self.generation() => {}
                                 Err(error) => return Err(error),
                                 Ok(()) => {}
@@ -564,26 +560,4 @@ impl Inner {
             }
         }
     }
-
-    /// Remembers what a source last said, for people.
-    pub(crate) fn note_source(&self, problem: Option<String>) {
-        *self.source_problem.lock() = problem;
-    }
-}
-
-/// Stores what is known of a dataset; never lowers its generation.
-async fn store_dataset(index: &Arc<Index>, id: DatasetId, record: DatasetRecord, sync: bool) -> Result<(), IndexError> {
-    index
-        .write(sync, move |txn| {
-            let key = id.as_bytes().as_slice();
-            let mut datasets = txn.open_table(DATASETS)?;
-            let stored = match datasets.get(key)? {
-                Some(value) => DatasetRecord::decode(key, value.value()).map_or(0, |stored| stored.generation),
-                None => 0,
-            };
-            let record = DatasetRecord { generation: record.generation.max(stored), ..record };
-            datasets.insert(key, record.encode(key).as_slice())?;
-            Ok(())
-        })
-        .await
 }

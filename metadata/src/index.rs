@@ -25,7 +25,10 @@ use redb::{Database, Durability, ReadTransaction, ReadableDatabase, ReadableTabl
 use tokio::sync::Semaphore;
 
 use self::file::{Refused, open_file, set_aside};
-use crate::error::{IndexError, OpenError};
+use crate::{
+    error::{IndexError, OpenError},
+    sources,
+};
 
 mod file;
 
@@ -33,6 +36,7 @@ pub(crate) type Definition = TableDefinition<'static, &'static [u8], &'static [u
 
 pub(crate) const META: Definition = TableDefinition::new("meta");
 pub(crate) const DATASETS: Definition = TableDefinition::new("datasets");
+pub(crate) const SOURCES: Definition = TableDefinition::new("sources");
 pub(crate) const DIRECTORIES: Definition = TableDefinition::new("directories");
 pub(crate) const ENTRIES: Definition = TableDefinition::new("entries");
 pub(crate) const GARBAGE: Definition = TableDefinition::new("garbage");
@@ -142,10 +146,23 @@ impl Index {
         self.shared.rebuilt.load(Ordering::Relaxed)
     }
 
+    /// The datasets of which something is remembered.
+    pub async fn datasets(&self) -> Result<Vec<DatasetId>, crate::MetadataError> {
+        let found = self.read(|txn| {
+            let mut found = Vec::new();
+            for row in txn.open_table(DATASETS)?.iter()? {
+                found.extend(DatasetId::from_slice(row?.0.value()));
+            }
+            Ok(found)
+        });
+        Ok(found.await?)
+    }
+
     /// Forgets everything of a dataset, its generation as well. It must not be open.
     pub async fn forget_dataset(self: &Arc<Self>, id: DatasetId) -> Result<(), crate::MetadataError> {
         self.forget_directories(id).await?;
         self.write(true, move |txn| {
+            sources::clear(txn, id)?;
             txn.open_table(DATASETS)?.remove(id.as_bytes().as_slice())?;
             Ok(())
         })

@@ -2,7 +2,7 @@
 //!
 //! - [`namespace`]: which source answers for a path; mount points as directories;
 //! - [`index`]: the database of all datasets of a worker: opened, rebuilt when damaged, flushed;
-//! - [`dataset`]: one dataset: lookups, pages, scans of directories, generations, pruning, rechecks;
+//! - [`dataset`]: one dataset: lookups, pages, scans of directories, generations, pruning, rechecks, other sources;
 //! - [`record`]: what stands in the database, byte by byte;
 //! - [`watch`]: the numbered invalidations;
 //! - [`scan`]: the walk of a whole tree through the owners of its directories.
@@ -32,6 +32,7 @@ mod listing;
 mod prune;
 mod query;
 mod recheck;
+mod sources;
 
 #[cfg(test)]
 mod memory_store;

@@ -12,6 +12,7 @@ use bytes::Bytes;
 use forebay_protocol::{DatasetPath, FileVersion, identity::MAX_PATH, identity::is_valid_name};
 use forebay_under_store::{ItemKind, Page, StoreError};
 use parking_lot::Mutex;
+use redb::WriteTransaction;
 use tokio::{sync::watch, time::Instant};
 
 use crate::{
@@ -43,23 +44,34 @@ pub(crate) struct Progress {
 pub(crate) struct Outcome {
     /// What it was listed under.
     pub(crate) generation: u64,
+    /// Serial number of the namespace that said so.
+    pub(crate) namespace: u64,
     pub(crate) result: Result<(), MetadataError>,
 }
 
 /// What is remembered of a directory that is not in the database.
 #[derive(Debug, Clone)]
-pub(crate) enum Verdict {
-    /// It did not exist under this generation.
-    Missing { generation: u64 },
-    /// Its listing failed.
-    Failed(Failed),
+pub(crate) struct Verdict {
+    /// Serial number of the namespace that said so.
+    pub(crate) namespace: u64,
+    pub(crate) what: Found,
 }
 
-/// A failure, and how long it is remembered.
+/// What was found of a directory.
 #[derive(Debug, Clone)]
-pub(crate) struct Failed {
-    pub(crate) error: MetadataError,
-    pub(crate) until: Instant,
+pub(crate) enum Found {
+    /// It did not exist under this generation.
+    Missing { generation: u64 },
+    /// Its listing failed; that is remembered for a while.
+    Failed { error: MetadataError, until: Instant },
+}
+
+/// Under what a listing goes on.
+#[derive(Debug, Clone, Copy, Default)]
+struct Terms {
+    generation: u64,
+    /// Serial number.
+    namespace: u64,
 }
 
 /// Ends the slot of a listing however its task ends.
@@ -74,6 +86,7 @@ impl Drop for Slot {
     fn drop(&mut self) {
         let outcome = self.outcome.take().unwrap_or_else(|| Outcome {
             generation: 0,
+            namespace: 0,
             result: Err(MetadataError::Internal("the listing ended without a result".to_owned())),
         });
         // First out of the table, so that whoever learns the outcome can begin another listing.
@@ -117,44 +130,42 @@ impl Slot {
         inner.counters.listings.fetch_add(1, Ordering::Relaxed);
         let closed = inner.closed.clone();
         let mut changes = Changes::default();
-        let mut generation = inner.generation();
-        let result = closed
-            .run_until_cancelled(self.list(&mut generation, &mut changes))
-            .await
-            .unwrap_or(Err(MetadataError::Closed));
+        let mut terms = Terms::default();
+        let result =
+            closed.run_until_cancelled(self.list(&mut terms, &mut changes)).await.unwrap_or(Err(MetadataError::Closed));
         if let Some(names) = changes.into_names() {
             inner.log.push(self.directory.clone(), names);
         }
-        match &result {
-            Ok(()) => {
-                inner.verdicts.remove(&self.directory);
-            }
-            Err(MetadataError::NotFound) => {
-                inner.verdicts.insert(self.directory.clone(), Verdict::Missing { generation });
-            }
-            Err(MetadataError::Closed) => {}
+        let Terms { generation, namespace } = terms;
+        let what = match &result {
+            Ok(()) | Err(MetadataError::Closed) => None,
+            Err(MetadataError::NotFound) => Some(Found::Missing { generation }),
             Err(error) => {
                 inner.counters.listing_failures.fetch_add(1, Ordering::Relaxed);
                 tracing::warn!(dataset = %inner.id, directory = %self.directory, %error, "listing");
                 let until = Instant::now() + inner.options.failure_ttl;
-                let failed = Failed { error: error.clone(), until };
-                inner.verdicts.insert(self.directory.clone(), Verdict::Failed(failed));
+                Some(Found::Failed { error: error.clone(), until })
             }
+        };
+        match what {
+            Some(what) => inner.verdicts.insert(self.directory.clone(), Verdict { namespace, what }),
+            None => drop(inner.verdicts.remove(&self.directory)),
         }
-        self.outcome = Some(Outcome { generation, result });
+        self.outcome = Some(Outcome { generation, namespace, result });
     }
 
-    async fn list(&self, generation: &mut u64, changes: &mut Changes) -> Result<(), MetadataError> {
+    async fn list(&self, terms: &mut Terms, changes: &mut Changes) -> Result<(), MetadataError> {
         let Self { inner, directory, .. } = self;
-        let view = inner.namespace.view(directory);
-        if view.source.is_none() && !view.always {
-            return Err(MetadataError::NotFound);
-        }
         let key = inner.directory_key(directory);
         let mut repairs = 0;
         loop {
-            *generation = inner.generation();
-            let (now, at) = (*generation, key.clone());
+            let namespace = inner.namespace();
+            *terms = Terms { generation: inner.generation(), namespace: namespace.serial() };
+            let view = namespace.view(directory);
+            if view.source.is_none() && !view.always {
+                return Err(MetadataError::NotFound);
+            }
+            let (now, at) = (terms.generation, key.clone());
             let planned = inner
                 .index
                 .read(move |txn| {
@@ -170,11 +181,15 @@ impl Slot {
                     continue;
                 }
             };
-            let fetched = self.fetch(&view, &running.passed).await?;
+            let fetched = match self.fetch(&view, &running.passed).await {
+                // Another source may be there now, or another way to it.
+                Err(_) if inner.is_replaced(namespace.serial()) => continue,
+                fetched => fetched?,
+            };
             let (items, hidden, next) = arrange(directory, &view, &running.passed, fetched.page)?;
             let input = Arc::new(PageInput {
                 dataset: inner.id,
-                fingerprint: inner.fingerprint,
+                namespace,
                 key: key.clone(),
                 generation: running.generation,
                 after: running.passed,
@@ -198,8 +213,13 @@ impl Slot {
     ) -> Result<bool, MetadataError> {
         let Self { inner, directory, .. } = self;
         loop {
-            let work = input.clone();
-            let step = match inner.index.write(false, move |txn| apply::apply(txn, &work)).await {
+            let (work, now) = (input.clone(), inner.clone());
+            // Sources are replaced in a transaction, too.
+            let apply = move |txn: &WriteTransaction| match now.is_replaced(work.namespace.serial()) {
+                true => Ok(Step::Stale),
+                false => apply::apply(txn, &work),
+            };
+            let step = match inner.index.write(false, apply).await {
                 Ok(step) => step,
                 Err(error) => {
                     inner.repair(directory, error, repairs).await?;
@@ -234,13 +254,9 @@ impl Slot {
             Err(StoreError::Unavailable(format!("no page of the listing within {seconds} s")))
         });
         match answer {
-            Ok(page) => {
-                inner.note_source(None);
-                Ok(Fetched { page, exists: view.always || source.store.has_directories() })
-            }
+            Ok(page) => Ok(Fetched { page, exists: view.always || source.store.has_directories() }),
             // The top of a source must be there: a bucket that is gone is no empty dataset.
             Err(StoreError::NotFound(message)) if source.key.is_empty() => {
-                inner.note_source(Some(message.clone()));
                 Err(MetadataError::Unavailable(format!("the source at {directory} does not exist: {message}")))
             }
             Err(StoreError::NotFound(_)) if after.is_empty() => {
@@ -252,10 +268,7 @@ impl Slot {
                 inner.index.write(false, move |txn| apply::start_over(txn, &key)).await?;
                 Err(MetadataError::Unavailable("the directory went away while it was listed".to_owned()))
             }
-            Err(error) => {
-                inner.note_source(Some(error.to_string()));
-                Err(MetadataError::from_store(&error))
-            }
+            Err(error) => Err(MetadataError::from_store(&error)),
         }
     }
 }

@@ -216,7 +216,11 @@ impl UnderStore for MemoryStore {
         Box::pin(async move { Ok(stream) })
     }
 
-    fn problem(&self) -> Option<String> {
+    fn check(&self) -> StoreFuture<'_, ()> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn problem(&self) -> Option<StoreError> {
         None
     }
 

@@ -3,7 +3,14 @@
 //! Sources are mounted at paths; the deepest one wins. A mount point shadows an entry of the same name in the source
 //! around it, and the ancestors of a mount point exist even where no source has them.
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use bytes::Bytes;
 use forebay_protocol::DatasetPath;
@@ -22,6 +29,8 @@ pub struct Source {
     pub path: DatasetPath,
     /// The store, below its prefix.
     pub store: Arc<dyn UnderStore>,
+    /// A number that changes when other objects are meant (a URI, options): listings of others are forgotten.
+    pub fingerprint: u64,
 }
 
 impl fmt::Debug for Source {
@@ -40,13 +49,20 @@ pub enum NamespaceError {
 
 /// The sources of a dataset, by path.
 pub struct Namespace {
+    /// Another value for each namespace of this process.
+    serial: u64,
     mounts: BTreeMap<Bytes, Mount>,
 }
 
 struct Mount {
     store: Arc<dyn UnderStore>,
     permits: Arc<Semaphore>,
+    fingerprint: u64,
 }
+
+/// What of a namespace decides which objects are listed where: the sources' fingerprints by path.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Mounts(BTreeMap<Bytes, u64>);
 
 /// What is known of a directory without asking a source.
 pub(crate) struct View {
@@ -69,14 +85,15 @@ pub(crate) struct Located {
 impl Namespace {
     /// Mounts sources; nesting is allowed, the same path twice is not.
     pub fn new(sources: Vec<Source>) -> Result<Self, NamespaceError> {
+        static NAMESPACES: AtomicU64 = AtomicU64::new(1);
         let mut mounts = BTreeMap::new();
-        for Source { path, store } in sources {
-            let mount = Mount { store, permits: Arc::new(Semaphore::new(LISTINGS_PER_SOURCE)) };
+        for Source { path, store, fingerprint } in sources {
+            let mount = Mount { store, permits: Arc::new(Semaphore::new(LISTINGS_PER_SOURCE)), fingerprint };
             if mounts.insert(path.to_bytes(), mount).is_some() {
                 return Err(NamespaceError::DuplicatePath(path));
             }
         }
-        Ok(Self { mounts })
+        Ok(Self { serial: NAMESPACES.fetch_add(1, Ordering::Relaxed), mounts })
     }
 
     /// The store that answers for a path, and the key relative to it (empty at the mount point). `None` where only
@@ -90,15 +107,18 @@ impl Namespace {
         self.mounts.values().map(|mount| &mount.store)
     }
 
-    /// A number that changes when mount points come or go.
-    pub(crate) fn fingerprint(&self) -> u64 {
-        let mut hasher = Xxh3::new();
-        for path in self.mounts.keys() {
-            hasher.update(path);
-            // No path holds a NUL.
-            hasher.update(&[0]);
-        }
-        hasher.digest()
+    /// A number that changes when a source does, so that a listing is not counted as one of other sources.
+    pub fn fingerprint(&self) -> u64 {
+        self.mounts().fingerprint()
+    }
+
+    /// Names it among the namespaces of this process.
+    pub(crate) fn serial(&self) -> u64 {
+        self.serial
+    }
+
+    pub(crate) fn mounts(&self) -> Mounts {
+        Mounts(self.mounts.iter().map(|(path, mount)| (path.clone(), mount.fingerprint)).collect())
     }
 
     pub(crate) fn locate(&self, path: &DatasetPath) -> Option<Located> {
@@ -135,14 +155,67 @@ impl Namespace {
 
     /// Whether `name` in `directory` is a mount point or leads to one: a directory that exists without asking.
     pub(crate) fn is_mount(&self, directory: &DatasetPath, name: &[u8]) -> bool {
-        let Ok(path) = directory.join(name) else { return false };
-        if self.mounts.contains_key(path.as_bytes()) {
-            return true;
+        directory.join(name).is_ok_and(|path| leads_to_mount(&self.mounts, &path))
+    }
+}
+
+/// Whether `path` is a mount point or leads to one.
+fn leads_to_mount<T>(mounts: &BTreeMap<Bytes, T>, path: &DatasetPath) -> bool {
+    if mounts.contains_key(path.as_bytes()) {
+        return true;
+    }
+    let mut prefix = path.as_bytes().to_vec();
+    prefix.push(b'/');
+    let prefix = Bytes::from(prefix);
+    mounts.range(prefix.clone()..).next().is_some_and(|(path, _)| path.starts_with(&prefix))
+}
+
+impl Mounts {
+    pub(crate) fn new(mounts: impl IntoIterator<Item = (Bytes, u64)>) -> Self {
+        Self(mounts.into_iter().collect())
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&Bytes, u64)> {
+        self.0.iter().map(|(path, fingerprint)| (path, *fingerprint))
+    }
+
+    fn fingerprint(&self) -> u64 {
+        let mut hasher = Xxh3::new();
+        for (path, fingerprint) in &self.0 {
+            hasher.update(path);
+            // No path holds a NUL.
+            hasher.update(&[0]);
+            hasher.update(&fingerprint.to_le_bytes());
         }
-        let mut prefix = path.as_bytes().to_vec();
-        prefix.push(b'/');
-        let prefix = Bytes::from(prefix);
-        self.mounts.range(prefix.clone()..).next().is_some_and(|(path, _)| path.starts_with(&prefix))
+        hasher.digest()
+    }
+
+    /// The source that answers for a path: where it is mounted, and its fingerprint.
+    pub(crate) fn source_of(&self, path: &DatasetPath) -> Option<(DatasetPath, u64)> {
+        let mut at = path.clone();
+        loop {
+            if let Some(fingerprint) = self.0.get(at.as_bytes()) {
+                return Some((at, *fingerprint));
+            }
+            at = at.split()?.0;
+        }
+    }
+
+    /// Whether `path` is a mount point or leads to one.
+    pub(crate) fn leads_to(&self, path: &DatasetPath) -> bool {
+        leads_to_mount(&self.0, path)
+    }
+
+    /// Mount points that only one of them has, or whose sources differ.
+    pub(crate) fn differences(&self, other: &Self) -> Vec<DatasetPath> {
+        let changed = |(path, fingerprint): (&Bytes, &u64)| {
+            let same = other.0.get(path) == Some(fingerprint);
+            (!same).then(|| path.clone())
+        };
+        let gone = other.0.keys().filter(|path| !self.0.contains_key(*path)).cloned();
+        let paths = self.0.iter().filter_map(changed).chain(gone);
+        // They were paths before they were keys.
+        paths.filter_map(|path| DatasetPath::parse(path).ok()).collect()
     }
 }
 
@@ -165,8 +238,8 @@ mod tests {
         let stores: Vec<Arc<dyn UnderStore>> =
             paths.iter().map(|_| MemoryStore::new() as Arc<dyn UnderStore>).collect();
         let sources =
-            paths.iter().zip(&stores).map(|(p, store)| Source { path: path(p), store: store.clone() }).collect();
-        (Namespace::new(sources).unwrap(), stores)
+            paths.iter().zip(&stores).map(|(p, store)| Source { path: path(p), store: store.clone(), fingerprint: 0 });
+        (Namespace::new(sources.collect()).unwrap(), stores)
     }
 
     #[test]
@@ -210,8 +283,27 @@ mod tests {
     }
 
     #[test]
+    fn differences_are_paths_of_other_sources() {
+        let mounts = |mounts: &[(&str, u64)]| {
+            Mounts::new(
+                mounts.iter().map(|(path, fingerprint)| (Bytes::copy_from_slice(path.as_bytes()), *fingerprint)),
+            )
+        };
+        let before = mounts(&[("/", 1), ("/a", 2), ("/b/c", 3)]);
+        let after = mounts(&[("/", 1), ("/a", 9), ("/d", 4)]);
+        let mut paths: Vec<String> = after.differences(&before).iter().map(ToString::to_string).collect();
+        paths.sort();
+        assert_eq!(paths, ["/a", "/b/c", "/d"]);
+        assert!(before.differences(&before).is_empty());
+        assert_eq!(before.source_of(&path("/b/c/d")).unwrap(), (path("/b/c"), 3));
+        assert_eq!(before.source_of(&path("/b")).unwrap(), (path("/"), 1));
+        assert!(before.leads_to(&path("/b")) && before.leads_to(&path("/b/c")) && !after.leads_to(&path("/b")));
+        assert_ne!(before.fingerprint(), after.fingerprint());
+    }
+
+    #[test]
     fn one_path_twice_is_refused() {
-        let source = || Source { path: path("/a"), store: MemoryStore::new() };
+        let source = || Source { path: path("/a"), store: MemoryStore::new(), fingerprint: 0 };
         assert_eq!(Namespace::new(vec![source(), source()]).err(), Some(NamespaceError::DuplicatePath(path("/a"))));
     }
 }

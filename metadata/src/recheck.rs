@@ -87,8 +87,9 @@ impl Inner {
 
     async fn ask_source(self: &Arc<Self>, path: &DatasetPath) -> Result<bool, MetadataError> {
         let Some((directory, name)) = path.split() else { return Ok(false) };
-        let Some(source) = self.namespace.locate(path) else { return Ok(false) };
-        if self.namespace.is_mount(&directory, &name) {
+        let namespace = self.namespace();
+        let Some(source) = namespace.locate(path) else { return Ok(false) };
+        if namespace.is_mount(&directory, &name) {
             return Ok(false);
         }
         let key = self.directory_key(&directory);
@@ -106,14 +107,14 @@ impl Inner {
                     Now::File(FileVersion { size, mtime_ns, key: version })
                 }
                 Err(StoreError::NotFound(_)) => Now::Nothing,
-                Err(error) => {
-                    self.note_source(Some(error.to_string()));
-                    return Err(MetadataError::from_store(&error));
-                }
+                Err(error) => return Err(MetadataError::from_store(&error)),
             };
-            self.note_source(None);
-            let (at, what) = (key.clone(), name.clone());
-            match self.index.write(false, move |txn| correct(txn, &at, &before, &what, now)).await? {
+            let (at, what, inner, serial) = (key.clone(), name.clone(), self.clone(), namespace.serial());
+            let apply = move |txn: &WriteTransaction| match inner.is_replaced(serial) {
+                true => Ok(Outcome::Done(Changes::default())),
+                false => correct(txn, &at, &before, &what, now),
+            };
+            match self.index.write(false, apply).await? {
                 Outcome::Moved => {}
                 Outcome::Done(mut changes) => {
                     self.supersede(&directory, &mut changes).await;

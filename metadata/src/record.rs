@@ -6,6 +6,7 @@
 //! |---|---|---|
 //! | `meta` | `format`, `next-id` | u64 LE |
 //! | `datasets` | dataset (16) | [`DatasetRecord`] |
+//! | `sources` | dataset (16) ‖ path | [`SourceRecord`] |
 //! | `directories` | dataset (16) ‖ path | [`DirectoryRecord`] |
 //! | `entries` | directory id (8, BE) ‖ sort key | [`EntryRecord`] |
 //! | `garbage` | directory id (8, BE) | empty: its entries are unreachable and are being deleted |
@@ -21,7 +22,7 @@ use bytes::Bytes;
 use forebay_protocol::{DatasetId, DatasetPath, FileVersion, VersionKey};
 
 /// Version of everything in this file. A database with another one is rebuilt.
-pub const FORMAT: u64 = 0x464f_5245_4241_5901;
+pub const FORMAT: u64 = 0x464f_5245_4241_5902;
 
 /// Longest resume point that is taken from a store. It may be a key that cannot be shown, so longer than a name: S3 keys
 /// have up to 1,024 bytes.
@@ -37,7 +38,12 @@ pub struct DecodeError;
 pub struct DatasetRecord {
     /// The highest generation under which anything was listed, or that was raised here.
     pub generation: u64,
-    /// Of the sources: another one means that the listings are of other sources.
+}
+
+/// What is remembered of a dataset's source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SourceRecord {
+    /// Another one means that the listings are of another source.
     pub fingerprint: u64,
 }
 
@@ -111,6 +117,11 @@ pub fn directory_key(dataset: DatasetId, path: &DatasetPath) -> Vec<u8> {
     [dataset.as_bytes().as_slice(), path.as_bytes()].concat()
 }
 
+/// The path in the key of a dataset's directory or source.
+pub fn path_of_key(key: &[u8]) -> Option<Bytes> {
+    key.get(16..).map(Bytes::copy_from_slice)
+}
+
 /// Key of an entry.
 pub fn entry_key(directory: u64, sort_key: &[u8]) -> Vec<u8> {
     [directory.to_be_bytes().as_slice(), sort_key].concat()
@@ -154,10 +165,9 @@ const SECOND: i64 = 1_000_000_000;
 impl DatasetRecord {
     /// The value at `key`.
     pub fn encode(&self, key: &[u8]) -> Vec<u8> {
-        let Self { generation, fingerprint } = *self;
+        let Self { generation } = *self;
         let mut out = vec![0; 4];
         put_varint(&mut out, generation);
-        out.extend_from_slice(&fingerprint.to_le_bytes());
         seal(key, out)
     }
 
@@ -165,9 +175,25 @@ impl DatasetRecord {
     pub fn decode(key: &[u8], value: &[u8]) -> Result<Self, DecodeError> {
         let mut input = open(key, value)?;
         let generation = take_varint(&mut input)?;
-        let (fingerprint, rest) = input.split_first_chunk::<8>().ok_or(DecodeError)?;
+        end(input)?;
+        Ok(Self { generation })
+    }
+}
+
+impl SourceRecord {
+    /// The value at `key`.
+    pub fn encode(&self, key: &[u8]) -> Vec<u8> {
+        let Self { fingerprint } = *self;
+        let mut out = vec![0; 4];
+        out.extend_from_slice(&fingerprint.to_le_bytes());
+        seal(key, out)
+    }
+
+    /// From the value at `key`.
+    pub fn decode(key: &[u8], value: &[u8]) -> Result<Self, DecodeError> {
+        let (fingerprint, rest) = open(key, value)?.split_first_chunk::<8>().ok_or(DecodeError)?;
         end(rest)?;
-        Ok(Self { generation, fingerprint: u64::from_le_bytes(*fingerprint) })
+        Ok(Self { fingerprint: u64::from_le_bytes(*fingerprint) })
     }
 }
 
@@ -481,9 +507,11 @@ mod tests {
         }
 
         #[test]
-        fn datasets_come_back(generation: u64, fingerprint: u64, at: Vec<u8>) {
-            let record = DatasetRecord { generation, fingerprint };
+        fn datasets_and_sources_come_back(generation: u64, fingerprint: u64, at: Vec<u8>) {
+            let record = DatasetRecord { generation };
             prop_assert_eq!(DatasetRecord::decode(&at, &record.encode(&at)), Ok(record));
+            let record = SourceRecord { fingerprint };
+            prop_assert_eq!(SourceRecord::decode(&at, &record.encode(&at)), Ok(record));
         }
 
         #[test]
@@ -491,11 +519,13 @@ mod tests {
             let _ = EntryRecord::decode(&key, &value);
             let _ = DirectoryRecord::decode(&key, &value);
             let _ = DatasetRecord::decode(&key, &value);
+            let _ = SourceRecord::decode(&key, &value);
             // Past the checksum as well.
             if value.len() >= 4 {
                 let sealed = seal(&key, value.clone());
                 let _ = DirectoryRecord::decode(&key, &sealed);
                 let _ = DatasetRecord::decode(&key, &sealed);
+                let _ = SourceRecord::decode(&key, &sealed);
                 let sum = short_sum(&key, &value[2..]);
                 value[..2].copy_from_slice(&sum.to_le_bytes());
                 let _ = EntryRecord::decode(&key, &value);
@@ -520,7 +550,7 @@ mod tests {
     /// Fails when the bytes on disk change: raise [`FORMAT`] with them.
     #[test]
     fn the_format_is_pinned() {
-        assert_eq!(FORMAT, 0x464f_5245_4241_5901);
+        assert_eq!(FORMAT, 0x464f_5245_4241_5902);
         let etag = "\"d41d8cd98f00b204e9800998ecf8427e\"";
         let key = entry_key(7, b"name");
         assert_eq!(key, b"\0\0\0\0\0\0\0\x07name");
@@ -538,9 +568,10 @@ mod tests {
             fresh: false,
         };
         rows.extend(DirectoryRecord { id: 9, complete: Some(complete), running: Some(running) }.encode(b"x"));
-        rows.extend(DatasetRecord { generation: 300, fingerprint: 0x0102_0304_0506_0708 }.encode(b"y"));
+        rows.extend(DatasetRecord { generation: 300 }.encode(b"y"));
+        rows.extend(SourceRecord { fingerprint: 0x0102_0304_0506_0708 }.encode(b"z"));
         assert_eq!(crc32c::crc32c(&rows), PINNED);
     }
 
-    const PINNED: u32 = 0xed37967e;
+    const PINNED: u32 = 0x348494cc;
 }

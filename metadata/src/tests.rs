@@ -4,6 +4,7 @@ mod listing;
 mod model;
 mod refresh;
 mod restart;
+mod sources;
 
 use std::{sync::Arc, time::Duration};
 
@@ -39,8 +40,16 @@ fn options() -> DatasetOptions {
 }
 
 fn namespace(store: &Arc<MemoryStore>) -> Arc<Namespace> {
-    let store: Arc<dyn UnderStore> = store.clone();
-    Arc::new(Namespace::new(vec![Source { path: DatasetPath::root(), store }]).unwrap())
+    sources(&[("/", store, 0)])
+}
+
+/// Stores at paths, with fingerprints.
+fn sources(sources: &[(&str, &Arc<MemoryStore>, u64)]) -> Arc<Namespace> {
+    let source = |(at, store, fingerprint): &(&str, &Arc<MemoryStore>, u64)| {
+        let store: Arc<dyn UnderStore> = (*store).clone();
+        Source { path: path(at), store, fingerprint: *fingerprint }
+    };
+    Arc::new(Namespace::new(sources.iter().map(source).collect()).unwrap())
 }
 
 fn open_index(directory: &std::path::Path) -> Arc<Index> {

@@ -3,7 +3,7 @@
 //! ```text
 //! frame   = length u32 (bytes that follow), kind u8, reserved [u8; 3] = 0, request u64, body
 //! Read    = dataset [16], epoch u64, generation u64, size u64, mtime_ns i64, first_block u64, blocks u32, purpose u8,
-//!           key length u8, path length u16, key, path                                       client to worker
+//!           verify u8 (0 or 1), key length u8, path length u16, key, path                   client to worker
 //! Cancel  = (nothing)                                                                       client to worker
 //! Data    = first_block u64, blocks u32, checksums [u32; blocks], bytes                     worker to client
 //! End     = hit_blocks u32, miss_blocks u32                                                 worker to client
@@ -12,7 +12,8 @@
 //! ```
 //!
 //! A Read is answered by Data frames in the order of blocks, then End; or, at any point, by Failure. `Alive` is sent
-//! every [`ALIVE_INTERVAL`] while requests are open, so that a stopped worker differs from a slow source.
+//! every [`ALIVE_INTERVAL`] while requests are open, so that a stopped worker differs from a slow source. A client that
+//! got a bad block asks the same worker once more, with `verify`: what rotted on its disk is found and fetched again.
 
 use std::time::Duration;
 
@@ -37,7 +38,7 @@ pub const MAX_IN_FLIGHT: usize = 256;
 /// How often a worker with open requests shows that it lives.
 pub const ALIVE_INTERVAL: Duration = Duration::from_millis(250);
 
-const READ_FIXED: usize = 16 + 8 + 8 + 8 + 8 + 8 + 4 + 1 + 1 + 2;
+const READ_FIXED: usize = 16 + 8 + 8 + 8 + 8 + 8 + 4 + 1 + 1 + 1 + 2;
 const MAX_MESSAGE: usize = 1024;
 
 const KIND_READ: u8 = 1;
@@ -92,6 +93,8 @@ pub struct Read {
     pub range: BlockRange,
     /// What for.
     pub purpose: Purpose,
+    /// The sender got a bad block: the worker is to check what it holds of these before it sends it.
+    pub verify: bool,
 }
 
 /// What a client sends.
@@ -227,6 +230,7 @@ pub fn encode_request(out: &mut BytesMut, number: u64, request: &Request) {
             // At most MAX_READ_BLOCKS; anything larger is refused by the decoder.
             out.put_u32_le(u32::try_from(read.range.count).unwrap_or(u32::MAX));
             out.put_u8(read.purpose as u8);
+            out.put_u8(u8::from(read.verify));
             // VersionKey and DatasetPath bound their lengths below these types' limits.
             out.put_u8(key.len() as u8);
             out.put_u16_le(path.len() as u16);
@@ -258,6 +262,11 @@ pub fn decode_request(header: &Header, mut body: Bytes) -> Result<Request, Frame
                 3 => Purpose::Peer,
                 _ => return Err(FrameError::Field("purpose")),
             };
+            let verify = match body.get_u8() {
+                0 => false,
+                1 => true,
+                _ => return Err(FrameError::Field("verify")),
+            };
             let key_len = usize::from(body.get_u8());
             let path_len = usize::from(body.get_u16_le());
             if body.len() != key_len + path_len {
@@ -275,6 +284,7 @@ pub fn decode_request(header: &Header, mut body: Bytes) -> Result<Request, Frame
                 version: FileVersion { size, mtime_ns, key },
                 range,
                 purpose,
+                verify,
             }))
         }
         KIND_CANCEL if body.is_empty() => Ok(Request::Cancel),
@@ -398,17 +408,33 @@ mod tests {
             version: FileVersion { size, mtime_ns: -5, key: VersionKey::new("etag").unwrap() },
             range: BlockRange { first, count },
             purpose: Purpose::ReadAhead,
+            verify: false,
         }
     }
 
     #[test]
     fn reads_round_trip() {
-        let request = Request::Read(read(10 * BLOCK_SIZE + 1, 3, 8));
+        for verify in [false, true] {
+            let request = Request::Read(Read { verify, ..read(10 * BLOCK_SIZE + 1, 3, 8) });
+            let mut out = BytesMut::new();
+            encode_request(&mut out, 77, &request);
+            let (header, body) = split(&out, MAX_REQUEST_BODY);
+            assert_eq!(header.request, 77);
+            assert_eq!(decode_request(&header, body), Ok(request));
+        }
+    }
+
+    #[test]
+    fn marks_other_than_the_known_are_refused() {
         let mut out = BytesMut::new();
-        encode_request(&mut out, 77, &request);
-        let (header, body) = split(&out, MAX_REQUEST_BODY);
-        assert_eq!(header.request, 77);
-        assert_eq!(decode_request(&header, body), Ok(request));
+        encode_request(&mut out, 1, &Request::Read(read(BLOCK_SIZE, 0, 1)));
+        let purpose = HEADER + READ_FIXED - 5;
+        for (at, field) in [(purpose, "purpose"), (purpose + 1, "verify")] {
+            let mut bad = out.clone();
+            bad[at] = 0x80;
+            let (header, body) = split(&bad, MAX_REQUEST_BODY);
+            assert_eq!(decode_request(&header, body), Err(FrameError::Field(field)));
+        }
     }
 
     #[test]

@@ -10,12 +10,16 @@
 //! Messages have fixed sizes, so garbage is refused after at most 44 bytes. Both nonces are in both proofs: nothing can
 //! be replayed. The proofs say who connects; the bytes that follow are in clear and not protected.
 
-use std::{fmt, io, time::Duration};
+mod key;
+
+use std::{io, time::Duration};
 
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 use subtle::ConstantTimeEq;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+pub use key::{KeyFileError, RuntimeKey};
 
 /// The one version that exists.
 pub const VERSION: u16 = 1;
@@ -26,40 +30,15 @@ const MAGIC: [u8; 4] = *b"FBAY";
 const ACCEPTED: u8 = 1;
 const REFUSED: u8 = 2;
 
-/// A runtime's key: 32 random bytes, the same at every member.
-#[derive(Clone)]
-pub struct RuntimeKey([u8; 32]);
-
 impl RuntimeKey {
-    /// A new random key.
-    pub fn generate() -> Self {
-        Self(rand::random())
-    }
-
-    /// From its bytes.
-    pub fn new(bytes: [u8; 32]) -> Self {
-        Self(bytes)
-    }
-
-    /// The bytes, for the file or Secret that holds the key.
-    pub fn expose(&self) -> &[u8; 32] {
-        &self.0
-    }
-
     fn proof(&self, label: &[u8], client_hello: &[u8], server_hello: &[u8]) -> [u8; 32] {
         // HMAC takes keys of any length, so a 32-byte key is never refused.
         #[allow(clippy::expect_used)]
-        let mut mac = <Hmac<Sha256> as KeyInit>::new_from_slice(&self.0).expect("any key length is valid for HMAC");
+        let mut mac = <Hmac<Sha256> as KeyInit>::new_from_slice(self.expose()).expect("any key length is valid for HMAC");
         mac.update(label);
         mac.update(client_hello);
         mac.update(server_hello);
         mac.finalize().into_bytes().into()
-    }
-}
-
-impl fmt::Debug for RuntimeKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("RuntimeKey(..)")
     }
 }
 

@@ -361,6 +361,8 @@ async fn missing_and_deleted(fixture: &dyn Fixture) {
     fixture.delete(b"gone/d/f").await;
     let error = read(&*store, b"gone/d/f", &version, size, 0..1).await.unwrap_err();
     assert!(matches!(error, StoreError::NotFound(_)), "{error}");
+    assert_eq!(store.problem().map(|problem| problem.to_string()), None, "the source is there");
+    store.check().await.unwrap();
     fixture.delete(b"gone/g").await;
     let (items, _) = list_all(&*store, b"gone", 10).await;
     assert!(!sort_keys(&items).contains(&b"g".to_vec()), "a deleted object is not listed");
@@ -379,6 +381,8 @@ async fn denied(fixture: &dyn Fixture) {
         assert!(matches!(error, StoreError::PermissionDenied(_)), "{error}");
     }
     assert!(denied.requests().errors <= 3, "a refusal is not asked again");
+    assert!(matches!(denied.check().await, Err(StoreError::PermissionDenied(_))));
+    assert!(matches!(denied.problem(), Some(StoreError::PermissionDenied(_))));
 }
 
 async fn many_entries(fixture: &dyn Fixture) {

@@ -73,10 +73,11 @@ impl UnderStore for FileStore {
             if !directory.is_empty() {
                 check_key(directory)?;
             }
+            let subject = if directory.is_empty() { Subject::Root } else { Subject::Below };
             let (directory, after) = (directory.to_vec(), after.map(<[u8]>::to_vec));
             let mut patience = Patience::new(self.inner.deadline);
             let work = move |inner: &Inner| directory::page(inner, &directory, after.as_deref(), limit.max(1));
-            self.inner.retry(&mut patience, Verb::List, Arc::new(work)).await
+            self.inner.retry(&mut patience, Verb::List, subject, Arc::new(work)).await
         })
     }
 
@@ -90,7 +91,7 @@ impl UnderStore for FileStore {
                 let stat = root.stat(&owned).map_err(|errno| of_errno(&owned, errno))?;
                 file_kind(&stat).ok_or_else(|| of_errno(&owned, Errno::NOENT))
             };
-            let kind = self.inner.retry(&mut patience, Verb::Head, Arc::new(work)).await?;
+            let kind = self.inner.retry(&mut patience, Verb::Head, Subject::Below, Arc::new(work)).await?;
             Ok(Item { name: key.rsplit(|byte| *byte == b'/').next().unwrap_or(key).to_vec(), kind })
         })
     }
@@ -112,7 +113,7 @@ impl UnderStore for FileStore {
             let asked = Arc::new(Asked { key: key.to_vec(), version: version.clone(), size });
             let opened = asked.clone();
             let work = move |inner: &Inner| opened.open(inner);
-            let file = self.inner.retry(&mut patience, Verb::Get, Arc::new(work)).await?;
+            let file = self.inner.retry(&mut patience, Verb::Get, Subject::Below, Arc::new(work)).await?;
             let grant = self.inner.limiter.grant(&mut patience, range.end - range.start).await;
             let grant = Arc::new(grant.map_err(|failure| failure.error)?);
             let reader =
@@ -128,7 +129,18 @@ impl UnderStore for FileStore {
         self.inner.requests.snapshot()
     }
 
-    fn problem(&self) -> Option<String> {
+    fn check(&self) -> StoreFuture<'_, ()> {
+        Box::pin(async move {
+            let mut patience = Patience::new(self.inner.deadline);
+            let work = |inner: &Inner| {
+                let opened = inner.open_root()?.open_beneath(b"", OFlags::RDONLY | OFlags::DIRECTORY);
+                opened.map(drop).map_err(|errno| inner.root_error(errno))
+            };
+            self.inner.retry(&mut patience, Verb::List, Subject::Root, Arc::new(work)).await
+        })
+    }
+
+    fn problem(&self) -> Option<StoreError> {
         self.inner.requests.problem()
     }
 
@@ -139,11 +151,21 @@ impl UnderStore for FileStore {
 
 impl Inner {
     fn open_root(&self) -> Result<Root, Failure> {
-        Root::open(&self.root).map_err(|errno| of_errno(self.root.as_os_str().as_encoded_bytes(), errno))
+        Root::open(&self.root).map_err(|errno| self.root_error(errno))
+    }
+
+    fn root_error(&self, errno: Errno) -> Failure {
+        of_errno(self.root.as_os_str().as_encoded_bytes(), errno)
     }
 
     /// Does blocking work until it succeeds, fails for good or the deadline passes.
-    async fn retry<T, W>(self: &Arc<Self>, patience: &mut Patience, verb: Verb, work: Arc<W>) -> Result<T, StoreError>
+    async fn retry<T, W>(
+        self: &Arc<Self>,
+        patience: &mut Patience,
+        verb: Verb,
+        subject: Subject,
+        work: Arc<W>,
+    ) -> Result<T, StoreError>
     where
         T: Send + 'static,
         W: Fn(&Inner) -> Result<T, Failure> + Send + Sync + 'static,
@@ -153,11 +175,14 @@ impl Inner {
             self.requests.sent(verb);
             match self.block(patience, Arc::new(grant), work.clone()).await {
                 Ok(output) => {
-                    self.requests.answered();
+                    self.requests.answered(verb);
                     return Ok(output);
                 }
                 Err(failure) => {
-                    self.requests.failed(&failure);
+                    match subject {
+                        Subject::Root => self.requests.broken(verb, &failure),
+                        Subject::Below => self.requests.failed(verb, &failure),
+                    }
                     patience.pause(failure).await?;
                 }
             }
@@ -187,6 +212,15 @@ impl Inner {
             None => Err(Failure::fatal(StoreError::Unavailable("the file system did not answer in time".to_owned()))),
         }
     }
+}
+
+/// What work is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Subject {
+    /// The root itself: when it is not there, the source is not.
+    Root,
+    /// Something below it.
+    Below,
 }
 
 /// The version of a file that somebody wants.
@@ -264,7 +298,7 @@ impl Reader {
                     return Ok(Some(bytes));
                 }
                 Err(failure) => {
-                    self.inner.requests.failed(&failure);
+                    self.inner.requests.failed(Verb::Get, &failure);
                     self.patience.pause(failure).await?;
                 }
             }

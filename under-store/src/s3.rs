@@ -111,7 +111,11 @@ impl UnderStore for S3Store {
         self.inner.transport.requests.snapshot()
     }
 
-    fn problem(&self) -> Option<String> {
+    fn check(&self) -> StoreFuture<'_, ()> {
+        Box::pin(self.inner.check())
+    }
+
+    fn problem(&self) -> Option<StoreError> {
         self.inner.transport.requests.problem()
     }
 }
@@ -180,12 +184,26 @@ impl Inner {
         }
     }
 
+    /// Lists one key. Credentials that may only list may not HEAD the bucket everywhere.
+    async fn check(&self) -> Result<(), StoreError> {
+        let query = Query { prefix: &self.prefix, start_after: None, token: None, max_keys: 1 };
+        let mut patience = Patience::new(self.deadline);
+        loop {
+            match self.try_list(&mut patience, &query).await {
+                Ok(_) => return Ok(()),
+                Err(failure) => patience.pause(failure).await?,
+            }
+        }
+    }
+
     async fn try_list(&self, patience: &mut Patience, query: &Query<'_>) -> Result<listing::Reply, Failure> {
         let _grant = self.transport.grant(patience, 0).await?;
         let response = self.transport.call(patience, Call::list(query)).await?;
         let body = self.transport.text(patience, response, listing::MAX_REPLY).await?;
-        listing::Reply::parse(&body)
-            .map_err(|why| Failure::passing(format!("{}: bad listing: {why}", self.transport.name(query.prefix))))
+        let reply = listing::Reply::parse(&body)
+            .map_err(|why| Failure::passing(format!("{}: bad listing: {why}", self.transport.name(query.prefix))));
+        // Something that is no S3 store answers with success, too.
+        reply.inspect_err(|failure| self.transport.requests.failed(Verb::List, failure))
     }
 }
 

@@ -1,6 +1,10 @@
 //! The trait that every backend implements.
 
-use std::{future::Future, ops::Range, pin::Pin};
+use std::{
+    future::Future,
+    ops::{Add, Range},
+    pin::Pin,
+};
 
 use bytes::Bytes;
 use forebay_protocol::VersionKey;
@@ -89,8 +93,12 @@ pub trait UnderStore: Send + Sync + 'static {
     /// Requests made so far, by verb.
     fn requests(&self) -> Requests;
 
-    /// Why the last request failed, while retries may still go on; `None` when it was answered.
-    fn problem(&self) -> Option<String>;
+    /// Asks whether the source is there and may be listed: one cheap request, and its retries.
+    fn check(&self) -> StoreFuture<'_, ()>;
+
+    /// Why the last request failed, while retries may still go on; `None` when it was answered. An object that is gone or
+    /// changed is no problem; [`StoreError::NotFound`] here means that the bucket or the root directory is.
+    fn problem(&self) -> Option<StoreError>;
 
     /// Whether directories exist of themselves, so that an empty listing is an empty directory (files). Otherwise it
     /// means that there is none.
@@ -112,4 +120,19 @@ pub struct Requests {
     pub errors: u64,
     /// Bytes of bodies received.
     pub bytes: u64,
+}
+
+impl Add for Requests {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        let Self { gets, lists, heads, errors, bytes } = other;
+        Self {
+            gets: self.gets + gets,
+            lists: self.lists + lists,
+            heads: self.heads + heads,
+            errors: self.errors + errors,
+            bytes: self.bytes + bytes,
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::error::Error;
 
-use forebay_api::{API_VERSION, crds};
+use forebay_api::{API_VERSION, crds, edits::EDITS};
 use serde_json::{Map, Value};
 
 /// How to write the files.
@@ -48,6 +48,7 @@ Group and version `forebay.io/v1alpha1`; all objects are namespaced. The CRDs ar
 `forebay up -f FILE.yaml` takes the same YAML as `kubectl apply -f FILE.yaml`, and refuses what the API server refuses:
 each error names file, line, document, field and what to do. A file may hold several documents, of the kinds Dataset,
 CacheRuntime and v1 Secret; a Dataset may use what another file of the same command defines, in its own namespace.
+`spec.template` of a CacheRuntime is about pods: without a cluster it is checked, and has no effect.
 
 Amounts of bytes are Kubernetes quantities: `2Ti`, `500G`, `1.5Gi` or a whole number. They must be a whole number of
 bytes, at least 1 and below 8Ei; signs and exponents are refused.
@@ -75,8 +76,14 @@ In manifests, `stringData` wins over `data` (base64), as in Kubernetes. Values w
   grow options of its own without new fields beside it.
 - `sources` and `tiers` are maps by `path` and `name`: server-side apply merges them item by item, and the same path
   cannot be given twice.
-- Names of Datasets and CacheRuntimes are DNS labels, without dots: they become names of volumes, pods and hosts. A
-  CacheRuntime's has at most 52 characters, because Kubernetes adds to it in a label of its own.
+- Names of Datasets and CacheRuntimes are DNS labels, without dots: they become names of claims, pods and hosts. A
+  CacheRuntime's begins with a letter, because names of Services do. What is made for it is called NAME-forebay; of a
+  name that makes this longer than 52 characters (Kubernetes adds to it in labels of 63), it is the beginning and a hash.
+- `spec.template` has the pieces of a pod template that a user needs to place workers; the rest of the pods is the
+  operator's. Its `resources` replace the operator's own item by item, `labels` and `annotations` are added to them.
+- `hits` and `misses` count bytes, not requests: a request of one block and one of a hundred would count alike.
+- A condition is of type `Ready` (it can be used), `Progressing` (something is under way) or `Degraded` (it is less than
+  was asked for). A CacheRuntime with a hostPath has one more, `PrivilegedPods`: what its namespace has to admit.
 - URIs are taken as they are written: `?`, `#`, `%` and `\\` are refused rather than given a meaning that keys of a
   store do not have.
 - The status keeps every amount as an integer (`bytes`) for programs and, where `kubectl get` shows it, as a string
@@ -105,10 +112,41 @@ fn reference(crds: &[Value]) -> String {
         }
         let columns = version["additionalPrinterColumns"].as_array().map(Vec::as_slice).unwrap_or_default();
         let columns: Vec<&str> = columns.iter().filter_map(|column| column["name"].as_str()).collect();
+        text.push_str(&editable(kind, schema));
         text.push_str(&format!("\nColumns of `kubectl get`: {}.\n", columns.join(", ")));
     }
     text.push_str(TAIL);
     text
+}
+
+/// What can be edited.
+fn editable(kind: &str, schema: &Value) -> String {
+    let mut text =
+        "\nWhat can be edited of one that exists, while it is in use:\n\n| Field | Edit |\n|---|---|\n".to_owned();
+    for edit in EDITS.iter().filter(|edit| edit.kind == kind) {
+        let what = match edit.effect {
+            Some(effect) => effect.to_owned(),
+            None => format!("Refused: {}.", refusal(schema, edit.field).unwrap_or_default()),
+        };
+        text.push_str(&format!("| `{}` | {what} |\n", edit.field));
+    }
+    text
+}
+
+/// The message of the rule that refuses the edit of a field: of its own, or of one that it is in.
+fn refusal<'s>(schema: &'s Value, field: &str) -> Option<&'s str> {
+    let mut schema = schema;
+    let mut message = None;
+    for name in field.split('.') {
+        schema = &schema["properties"][name.trim_end_matches("[]")];
+        let rules = schema["x-kubernetes-validations"].as_array().into_iter().flatten();
+        let refuses = |rule: &&Value| rule["rule"].as_str().is_some_and(|rule| rule.contains("oldSelf"));
+        message = rules.clone().find(refuses).and_then(|rule| rule["message"].as_str()).or(message);
+        if name.ends_with("[]") {
+            schema = &schema["items"];
+        }
+    }
+    message
 }
 
 /// A row for each field below `path`; required ones first.
@@ -129,8 +167,8 @@ fn fields(path: &str, schema: &Value, rows: &mut Vec<String>) {
         let mut what = vec![describe(field)];
         what.extend(bounds(field));
         rows.push(format!("| `{path}` | {}, {need} | {} |\n", type_of(field), what.join(" ").replace('|', "\\|")));
-        // Conditions are those of Kubernetes; their fields are known.
-        if name != "conditions" {
+        // These are Kubernetes' own; their fields are known.
+        if name != "conditions" && name != "affinity" {
             fields(&path, field, rows);
             fields(&format!("{path}[]"), &field["items"], rows);
         }
@@ -146,6 +184,7 @@ fn type_of(schema: &Value) -> String {
             format!("list by `{}`", list(&schema["x-kubernetes-list-map-keys"]).join("`, `"))
         }
         "array" => "list".into(),
+        "object" if schema["additionalProperties"].is_object() => "map".into(),
         other => other.into(),
     }
 }

@@ -8,6 +8,7 @@ use std::{collections::HashMap, sync::OnceLock};
 use serde_json::{Value as Schema, json};
 
 use super::{
+    checks::{CHECKS, Holds, Object},
     error::shown,
     node::{Node, Step, Value},
     report::Report,
@@ -58,6 +59,7 @@ impl Kind {
 fn schema_of(kind: Kind) -> Schema {
     let name_rules = match kind {
         Kind::Dataset => vec![rules::LABEL],
+        // What begins with a letter and is a label is what the API server takes.
         Kind::CacheRuntime => vec![rules::LABEL, rules::RUNTIME_NAME],
         Kind::Secret => vec![rules::SUBDOMAIN],
     };
@@ -112,127 +114,6 @@ fn schema_of(kind: Kind) -> Schema {
     schema
 }
 
-/// How a rule of a schema is checked.
-enum Holds {
-    /// On a text.
-    Text(fn(&str) -> bool),
-    /// On an object; the field is the one to blame.
-    Object(&'static str, fn(&Object<'_>) -> bool),
-    /// Only when an object changes, or said by another rule here.
-    Elsewhere,
-}
-
-/// An object with its schema, which knows the defaults.
-struct Object<'a> {
-    node: &'a Node,
-    schema: &'a Schema,
-}
-
-impl Object<'_> {
-    fn has(&self, field: &str) -> bool {
-        self.node.get(field).is_some()
-    }
-
-    fn text(&self, field: &str) -> Option<&str> {
-        self.node.get(field)?.text()
-    }
-
-    fn integer(&self, field: &str) -> Option<i128> {
-        match self.node.get(field) {
-            Some(Node { value: Value::Integer(value), .. }) => Some(*value),
-            Some(_) => None,
-            None => self.schema["properties"][field]["default"].as_i64().map(i128::from),
-        }
-    }
-}
-
-/// A rule, how it is checked, and what to do when it does not hold.
-struct Check {
-    rule: Rule,
-    holds: Holds,
-    remedy: &'static str,
-}
-
-const CHECKS: &[Check] = &[
-    Check {
-        rule: rules::LABEL,
-        holds: Holds::Text(rules::is_label),
-        remedy: "choose a name of lower-case letters, digits and '-', such as gpu-pool",
-    },
-    Check {
-        rule: rules::SUBDOMAIN,
-        holds: Holds::Text(rules::is_subdomain),
-        remedy: "choose a name of lower-case letters, digits, '-' and '.', such as s3-reader",
-    },
-    Check {
-        rule: rules::RUNTIME_NAME,
-        holds: Holds::Text(|name| name.len() <= rules::MAX_RUNTIME_NAME),
-        remedy: "choose a shorter name",
-    },
-    Check { rule: rules::DATASET_NAME, holds: Holds::Elsewhere, remedy: "" },
-    Check { rule: rules::RUNTIME_REF_IMMUTABLE, holds: Holds::Elsewhere, remedy: "" },
-    Check {
-        rule: rules::PATH,
-        holds: Holds::Text(rules::is_path),
-        remedy: "write it as / or /a/b, each part with at most 255 bytes",
-    },
-    Check { rule: rules::HOST_PATH, holds: Holds::Text(rules::is_host_path), remedy: "write it as /mnt/nvme0" },
-    Check {
-        rule: rules::URI_SCHEME,
-        holds: Holds::Text(rules::is_uri_of_known_scheme),
-        remedy: "use s3://BUCKET/PREFIX/ or file:///DIRECTORY; other stores are not supported yet",
-    },
-    Check {
-        rule: rules::URI_S3,
-        holds: Holds::Text(rules::is_s3_uri_well_formed),
-        remedy: "write it as s3://my-bucket/train/; credentials go into a Secret, the host into s3.endpoint",
-    },
-    Check {
-        rule: rules::URI_FILE,
-        holds: Holds::Text(rules::is_file_uri_well_formed),
-        remedy: "write it as file:///data/train, with three slashes",
-    },
-    Check {
-        rule: rules::URI_PLAIN,
-        holds: Holds::Text(rules::is_uri_plain),
-        remedy: "name a directory without these characters",
-    },
-    Check {
-        rule: rules::ENDPOINT,
-        holds: Holds::Text(rules::is_endpoint),
-        remedy: "write it as https://s3.example.com or http://127.0.0.1:9000; the bucket stands in uri, credentials in \
-                 a Secret",
-    },
-    Check { rule: rules::REGION, holds: Holds::Text(rules::is_region), remedy: "write it as us-east-1" },
-    Check {
-        rule: rules::S3_OPTIONS,
-        holds: Holds::Object("s3", |source| !source.has("s3") || is_s3(source)),
-        remedy: "remove s3, or use an s3:// uri",
-    },
-    Check {
-        rule: rules::SECRET_REF,
-        holds: Holds::Object("secretRef", |source| !source.has("secretRef") || is_s3(source)),
-        remedy: "remove secretRef, or use an s3:// uri",
-    },
-    Check {
-        rule: rules::ONE_VOLUME,
-        holds: Holds::Object("", |volume| volume.has("hostPath") != volume.has("emptyDir")),
-        remedy: "write hostPath: {path: /mnt/nvme0} for a disk of the machine, or emptyDir: {}",
-    },
-    Check {
-        rule: rules::WATERMARKS,
-        holds: Holds::Object("lowPercent", |marks| {
-            marks.integer("lowPercent").zip(marks.integer("highPercent")).is_none_or(|(low, high)| low < high)
-        }),
-        remedy: "lower lowPercent or raise highPercent; they are 85 and 95 when left out",
-    },
-];
-
-/// A source without a usable uri has an error of its own, and counts as anything.
-fn is_s3(source: &Object<'_>) -> bool {
-    source.text("uri").is_none_or(|uri| !uri.starts_with("file://"))
-}
-
 /// Checks a document of a kind; everything that is wrong goes to the report.
 pub(super) fn check<'a>(kind: Kind, root: &'a Node, report: &mut Report<'a>) {
     Walker { report, steps: Vec::new() }.visit(root, kind.schema());
@@ -259,7 +140,10 @@ impl<'a> Walker<'a, '_> {
             return;
         }
         if schema["x-kubernetes-int-or-string"] == true {
-            return self.quantity(node);
+            return match schema["pattern"] == rules::AMOUNT_PATTERN {
+                true => self.amount(node),
+                false => self.quantity(node),
+            };
         }
         let Some(expected) = schema["type"].as_str() else {
             return;
@@ -296,6 +180,9 @@ impl<'a> Walker<'a, '_> {
         let Value::Map(entries) = &node.value else {
             return;
         };
+        if let Some(most) = schema["maxProperties"].as_u64().filter(|most| entries.len() as u64 > *most) {
+            self.fail(format!("has {} items", entries.len()), format!("give it at most {most}"));
+        }
         let properties = schema["properties"].as_object();
         let others = &schema["additionalProperties"];
         let mut seen: HashMap<&str, usize> = HashMap::new();
@@ -380,6 +267,19 @@ impl<'a> Walker<'a, '_> {
                 (None, None) => String::new(),
             };
             self.fail(format!("{number} is out of range"), remedy);
+        }
+    }
+
+    /// An amount of any resource.
+    fn amount(&mut self, node: &Node) {
+        const REMEDY: &str = "write 2, 500m or 1.5Gi";
+        match &node.value {
+            Value::Text(text) if rules::is_amount(text) => {}
+            Value::Integer(number) if *number >= 0 => {}
+            Value::Text(text) => self.fail(format!("{} is no amount", shown(text)), REMEDY),
+            Value::Integer(number) => self.fail(format!("{number} is negative"), REMEDY),
+            Value::Float(_) => self.fail("must be a whole number or text", "put it into quotes, or write 500m for 0.5"),
+            _ => self.fail(format!("must be an amount, not {}", node.type_name()), REMEDY),
         }
     }
 
@@ -491,7 +391,7 @@ mod tests {
     /// Keywords that neither the walk nor `Quantity` knows would be rules that only the API server has.
     #[test]
     fn the_schemas_say_nothing_that_the_walk_does_not_know() {
-        const KNOWN: [&str; 18] = [
+        const KNOWN: [&str; 19] = [
             "additionalProperties",
             "default",
             "description",
@@ -500,6 +400,7 @@ mod tests {
             "items",
             "maxItems",
             "maxLength",
+            "maxProperties",
             "maximum",
             "minItems",
             "minimum",

@@ -103,6 +103,18 @@ fn a_flipped_bit_costs_its_block_and_no_other() {
     let mut bytes = Vec::new();
     chunk.read_verified(1, 9, &mut bytes).unwrap();
     assert_eq!(bytes, contents(&file, 1, 9));
+    // What is asked about is checked, and with it, when it is copied, what nobody asked about.
+    for block in [3, 5, 8] {
+        flip(&file_of(dir.path(), &file), block * BLOCK_SIZE + 9);
+    }
+    chunk.verify_again(0, 3);
+    assert_eq!((chunk.held(0, 10).count(), store.usage(dataset()).corrupt_blocks), (9, 2));
+    chunk.verify_again(4, 3);
+    let missing: Vec<_> = chunk.held(0, 10).missing(0, 10).map(|run| run.first).collect();
+    assert_eq!((missing, store.usage(dataset()).corrupt_blocks), (vec![0, 3, 5, 8], 5));
+    [0, 3, 5, 8].iter().for_each(|block| write(&chunk, &file, *block, 1));
+    assert!(read_all(&store, &file));
+    assert_eq!(store.usage(dataset()).used_bytes, before);
 }
 
 #[test]
@@ -156,9 +168,60 @@ fn a_removed_directory_is_made_again() {
         assert!(store.chunk(&file, false).is_none());
     }
     fill(&store, &file);
+    swept(&store);
     store.close();
     let store = open(&dir);
     assert!(!store.totals().sweeping && read_all(&store, &file));
+}
+
+#[test]
+fn a_directory_that_was_moved_away_and_back_is_taken_again() {
+    let temp = tempfile::tempdir().unwrap();
+    let (dir, away) = (temp.path().join("cache"), temp.path().join("away"));
+    let files: Vec<_> = (0..5).map(|n| spec(&format!("f{n}"), 3 * BLOCK_SIZE, 0)).collect();
+    let store = open(&dir);
+    files[..4].iter().for_each(|file| fill(&store, file));
+    store.pin(files[1].key, true).unwrap();
+    let brought = std::fs::read(file_of(&dir, &files[3])).unwrap();
+    store.remove(files[3].key);
+    let used = store.totals().used;
+    std::fs::rename(&dir, &away).unwrap();
+    std::fs::write(&dir, "in the way").unwrap();
+    let problem = |text: &str| store.totals().problem.is_some_and(|problem| problem.contains(text));
+    eventually("it cannot be made again", || problem("cannot be made again"));
+    // It may come back: nothing is given up, and nothing is added.
+    assert_eq!(store.totals().used, used);
+    assert!(files[..3].iter().all(|file| read_all(&store, file)));
+    assert!(store.chunk(&files[4], true).is_none());
+    std::fs::write(file_of(&away, &files[3]), brought).unwrap();
+    std::fs::remove_file(&dir).unwrap();
+    std::fs::rename(&away, &dir).unwrap();
+    eventually("it is used again", || store.totals().problem.is_none());
+    swept(&store);
+    assert!(files[..4].iter().all(|file| read_all(&store, file)), "what was brought meanwhile is found");
+    assert!(store.is_pinned(files[1].key));
+    fill(&store, &files[4]);
+    store.close();
+    let store = open(&dir);
+    assert!(!store.totals().sweeping && files.iter().all(|file| read_all(&store, file)));
+}
+
+#[test]
+fn a_cache_that_takes_the_place_of_another_is_swept() {
+    let temp = tempfile::tempdir().unwrap();
+    let (dir, away) = (temp.path().join("cache"), temp.path().join("away"));
+    let (a, b) = (spec("a", 3 * BLOCK_SIZE, 0), spec("b", 3 * BLOCK_SIZE, 0));
+    let store = open(&dir);
+    fill(&store, &a);
+    std::fs::rename(&dir, &away).unwrap();
+    eventually("it is made again", || store.totals().chunks == 0 && store.totals().problem.is_none());
+    fill(&store, &b);
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    renameat_with(CWD, &dir, CWD, &away, RenameFlags::EXCHANGE).unwrap();
+    eventually("the first one is found again", || read_all(&store, &a));
+    swept(&store);
+    assert!(store.chunk(&b, false).is_none());
+    assert_eq!(store.totals().chunks, 1);
 }
 
 #[test]

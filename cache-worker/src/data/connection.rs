@@ -274,11 +274,12 @@ async fn read_blocks(
         message: format!("this worker does not serve dataset {}", read.dataset),
     })?;
     dataset.saw_generation(read.generation);
+    let verify = read.verify;
     let (wanted, purpose, bytes) = wanted(&dataset, read);
     let mut reader: BlockReader = match purpose {
-        Purpose::Demand => worker.engine.read(wanted.clone(), Class::Demand).await?,
-        Purpose::ReadAhead | Purpose::Load => worker.engine.read(wanted.clone(), Class::Background).await?,
-        Purpose::Peer => worker.engine.read_held(wanted.clone()).await?,
+        Purpose::Demand => worker.engine.read(wanted.clone(), Class::Demand, verify).await?,
+        Purpose::ReadAhead | Purpose::Load => worker.engine.read(wanted.clone(), Class::Background, verify).await?,
+        Purpose::Peer => worker.engine.read_held(wanted.clone(), verify).await?,
     };
     if matches!(purpose, Purpose::Demand | Purpose::ReadAhead) {
         dataset.count_request(&wanted, bytes, reader.hits);

@@ -95,20 +95,24 @@ impl Wanted {
 }
 
 impl FillEngine {
-    /// A reader of blocks, of which the missing ones are fetched.
-    pub(crate) async fn read(&self, wanted: Wanted, class: Class) -> Result<BlockReader, FillError> {
-        self.open(wanted, class, true).await
+    /// A reader of blocks, of which the missing ones are fetched. With `verify`, those that are held are checked first,
+    /// also if this process wrote them, and the damaged ones are missing.
+    pub(crate) async fn read(&self, wanted: Wanted, class: Class, verify: bool) -> Result<BlockReader, FillError> {
+        self.open(wanted, class, true, verify).await
     }
 
     /// A reader of blocks that are all held; [`FillError::NotHeld`] otherwise. Nothing is fetched.
-    pub(crate) async fn read_held(&self, wanted: Wanted) -> Result<BlockReader, FillError> {
-        self.open(wanted, Class::Background, false).await
+    pub(crate) async fn read_held(&self, wanted: Wanted, verify: bool) -> Result<BlockReader, FillError> {
+        self.open(wanted, Class::Background, false, verify).await
     }
 
-    async fn open(&self, wanted: Wanted, class: Class, fetch: bool) -> Result<BlockReader, FillError> {
+    async fn open(&self, wanted: Wanted, class: Class, fetch: bool, verify: bool) -> Result<BlockReader, FillError> {
         let (store, spec, key, range) = (self.store().clone(), wanted.spec(), wanted.key, wanted.blocks.clone());
         let (chunk, hits, ready) = blocking(move || {
             let Some(chunk) = store.chunk(&spec, fetch) else { return (None, 0, VecDeque::new()) };
+            if verify {
+                chunk.verify_again(range.start, range.end - range.start);
+            }
             let hits = range.clone().filter(|block| chunk.is_valid(*block)).count() as u32;
             let ready = stored_pieces(&chunk, key, range);
             (Some(chunk), hits, ready)

@@ -185,7 +185,7 @@ async fn fetch(fill: &Arc<ChunkFill>, run: &Arc<Run>) -> Result<(), FillError> {
         return Ok(());
     }
     let nowhere = || FillError::VersionGone(format!("no source holds {}", fill.path).into());
-    let _turn = run.turn(dataset.pools(&fill.path).ok_or_else(nowhere)?).await?;
+    let _turn = run.turn(&*dataset.pools(&fill.path).ok_or_else(nowhere)?).await?;
     // The wait may have been long.
     if fill.give_up(run) {
         return Ok(());

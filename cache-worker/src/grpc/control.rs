@@ -6,11 +6,11 @@ use forebay_cache_store::ChunkSpec;
 use forebay_client::ClientError;
 use forebay_metadata::ScanState;
 use forebay_protocol::{
-    FileVersion, VersionKey,
+    DatasetId, FileVersion, VersionKey,
     worker::{
         self as wire, FreeRequest, FreeResponse, InspectRequest, InspectResponse, LoadProgress, LoadRequest,
         PinRequest, PruneRequest, PruneResponse, RefreshRequest, ScanProgress, StatusRequest, StatusResponse,
-        SupersedeRequest, SupersedeResponse, control_server::Control,
+        SupersedeRequest, SupersedeResponse, TableRequest, TableResponse, control_server::Control,
     },
 };
 use parking_lot::Mutex;
@@ -100,9 +100,17 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 impl Control for ControlService {
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
         let StatusRequest { dataset } = request.into_inner();
-        let datasets = if dataset.is_empty() { self.worker.datasets.all() } else { vec![self.dataset(&dataset)?] };
+        let asked = |id: &DatasetId| dataset.is_empty() || id.as_bytes() == &dataset[..];
+        // In this order: what goes over from the one to the other is in one at least.
+        let served =
+            if dataset.is_empty() { Ok(self.worker.datasets.all()) } else { self.dataset(&dataset).map(|d| vec![d]) };
+        let wiping: Vec<DatasetId> = self.worker.datasets.wiping().into_iter().filter(asked).collect();
+        let served = match served {
+            Err(_) if !wiping.is_empty() => Vec::new(),
+            served => served?,
+        };
         let worker = self.worker.clone();
-        within(async { Ok(Response::new(blocking(move || worker.status(&datasets)).await?)) }).await
+        within(async { Ok(Response::new(blocking(move || worker.status(&served, &wiping)).await?)) }).await
     }
 
     type LoadStream = Answers<LoadProgress>;
@@ -269,5 +277,9 @@ impl Control for ControlService {
             Ok(Response::new(PruneResponse { directories }))
         })
         .await
+    }
+
+    async fn table(&self, _: Request<TableRequest>) -> Result<Response<TableResponse>, Status> {
+        Ok(Response::new(self.worker.members.to_wire()))
     }
 }

@@ -81,11 +81,20 @@ impl Metadata for MetadataService {
         &self,
         request: Request<ScanDirectoryRequest>,
     ) -> Result<Response<ScanDirectoryResponse>, Status> {
-        let ScanDirectoryRequest { dataset, generation, directory, after } = request.into_inner();
+        let ScanDirectoryRequest { dataset, generation, directory, after, sources } = request.into_inner();
         let dataset = self.dataset(&dataset)?;
         let directory = path_of(directory)?;
+        let same_sources = || sources == 0 || sources == dataset.namespace().fingerprint();
+        let others = || Status::unavailable("this worker knows other sources of the dataset");
+        if !same_sources() {
+            return Err(others());
+        }
         // Bounded by the index, for each step of a listing: a directory of millions takes longer than a call may.
         let scan = dataset.index.scan_directory(generation, &directory, &after).await.map_err(to_status)?;
+        // They may have changed under the listing.
+        if !same_sources() {
+            return Err(others());
+        }
         let forebay_metadata::DirectoryScan { files, bytes, hidden, changed, subdirectories, end } = scan;
         Ok(Response::new(ScanDirectoryResponse {
             generation: dataset.index.generation(),

@@ -1,6 +1,6 @@
 //! Strangers and broken clients: an error to the sender, nothing else.
 
-use std::time::Duration;
+use std::{os::unix::fs::FileExt, time::Duration};
 
 use bytes::{BufMut, BytesMut};
 use forebay_client::transport;
@@ -18,7 +18,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::harness::{Cluster, MIB, eventually, generate, path};
+use crate::harness::{Cluster, MIB, contents, eventually, files_below, generate, path};
 
 async fn data(cluster: &Cluster) -> TcpStream {
     transport::connect(&cluster.workers[0].address().to_string(), &cluster.key, ConnectionPurpose::Data).await.unwrap()
@@ -61,6 +61,7 @@ fn read(cluster: &Cluster, version: &FileVersion, first: u64, count: u64) -> Req
         version: version.clone(),
         range: BlockRange { first, count },
         purpose: Purpose::Demand,
+        verify: false,
     })
 }
 
@@ -240,12 +241,62 @@ async fn a_peer_gets_only_what_is_held() {
         version: FileVersion { size: 1, mtime_ns: 0, key: VersionKey::new("k").unwrap() },
         range: BlockRange { first: 0, count: 1 },
         purpose: Purpose::Demand,
+        verify: false,
     });
     let mut frames = BytesMut::new();
     encode_request(&mut frames, 3, &unknown);
     stream.write_all(&frames).await.unwrap();
     let unknown = forebay_protocol::frame::FailureCode::UnknownDataset;
     assert!(matches!(answer(&mut stream).await, (3, Answer::Failure { code, .. }) if code == unknown));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_rots_under_a_worker_is_found_by_a_read_that_says_so() {
+    let cluster = Cluster::start(1).await;
+    let size = 2 * MIB;
+    cluster.put("f", 1, size).await;
+    cluster.refresh("/").await;
+    cluster.check("/f", 1, size).await;
+    let version = cluster.version("/f").await.unwrap();
+    flip_in_chunk(&cluster, size, 5 * BLOCK_SIZE + 7);
+    let before = cluster.store.bytes_of("f");
+    let mut stream = data(&cluster).await;
+    // Its own blocks it trusts, until it is told not to; afterwards it may again.
+    for (number, verify, right, misses) in [(1, false, false, 0), (2, true, true, 1), (3, false, true, 0)] {
+        let request = match read(&cluster, &version, 0, 16) {
+            Request::Read(read) => Request::Read(Read { verify, ..read }),
+            other => other,
+        };
+        let mut frames = BytesMut::new();
+        encode_request(&mut frames, number, &request);
+        stream.write_all(&frames).await.unwrap();
+        let mut got = Vec::new();
+        let miss_blocks = loop {
+            match answer(&mut stream).await {
+                (_, Answer::Data { bytes, .. }) => got.extend_from_slice(&bytes),
+                (_, Answer::End { miss_blocks, .. }) => break miss_blocks,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!((got == contents(1, size)[..MIB as usize], miss_blocks), (right, misses), "{number}");
+    }
+    assert_eq!(cluster.store.bytes_of("f") - before, BLOCK_SIZE, "exactly the damaged block");
+    assert_eq!(cluster.status(0).await.corrupt_blocks, 1);
+
+    // The client says so by itself.
+    flip_in_chunk(&cluster, size, 30 * BLOCK_SIZE);
+    cluster.check("/f", 1, size).await;
+    assert_eq!(cluster.status(0).await.corrupt_blocks, 2);
+}
+
+/// Flips a bit of the only chunk file.
+fn flip_in_chunk(cluster: &Cluster, size: u64, at: u64) {
+    let files = files_below(&cluster.workers[0].options.cache_dir.join("chunks"));
+    let chunk = files.into_iter().find(|file| std::fs::metadata(file).unwrap().len() >= size).unwrap();
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(chunk).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], at).unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

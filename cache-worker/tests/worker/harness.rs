@@ -12,17 +12,18 @@ use std::{
 
 use bytes::Bytes;
 use forebay_cache_worker::{DatasetConfig, DatasetsFile, Policy, RunningWorker, SourceConfig, WorkerOptions};
-use forebay_client::{Client, ClientConfig, ClientError, DatasetClient, EntryKind};
+use forebay_client::{Client, ClientConfig, ClientError, DatasetClient, EntryKind, MemoryBudget};
 use forebay_protocol::{
     DatasetId, DatasetPath, FileVersion,
     handshake::RuntimeKey,
     table::{Member, MemberState, WorkerTable},
-    worker::{DatasetStatus, RefreshRequest, ScanProgress, ScanState, StatusRequest},
+    worker::{DatasetStatus, RefreshRequest, ScanProgress, ScanState, StatusRequest, StatusResponse},
 };
 use forebay_test_store::{Options, TestStore};
 use forebay_under_store::{Limits, S3Addressing, S3Credentials, S3Options, SourceSpec};
 use tempfile::TempDir;
 use tokio::{runtime::Runtime, sync::watch};
+use tonic::Status;
 
 pub(crate) const BUCKET: &str = "data";
 pub(crate) const BLOCK: u64 = 64 * 1024;
@@ -63,7 +64,7 @@ pub(crate) struct TestWorker {
 }
 
 impl TestWorker {
-    async fn start(&mut self) {
+    pub(crate) async fn start(&mut self) {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let started = runtime.spawn(RunningWorker::start(self.options.clone())).await.unwrap();
         let worker = match started {
@@ -77,6 +78,20 @@ impl TestWorker {
 
     pub(crate) fn address(&self) -> SocketAddr {
         self.options.listen
+    }
+
+    /// Drains it as at SIGTERM, and then ends it in order; how long the first took.
+    pub(crate) async fn drain(&mut self) -> Duration {
+        let (runtime, worker) = self.running.take().unwrap();
+        let drained = runtime.spawn(async move {
+            let start = Instant::now();
+            worker.drain().await;
+            let took = start.elapsed();
+            worker.stop().await.map(|()| took)
+        });
+        let took = drained.await.unwrap().unwrap();
+        runtime.shutdown_background();
+        took
     }
 
     pub(crate) fn metrics_address(&self) -> SocketAddr {
@@ -146,19 +161,18 @@ impl Cluster {
             id,
             namespace: "default".into(),
             name: "data".into(),
-            sources: vec![SourceConfig { path: "/".into(), spec: source(&store, "") }],
+            sources: vec![at("/", source(&store, ""))],
             policy: Policy::Hold,
             quota: None,
         };
         change_dataset(&mut dataset);
-        let file = DatasetsFile { datasets: vec![dataset] };
-        write_private(&dir.path().join("datasets.json"), &serde_json::to_vec(&file).unwrap());
+        write_datasets(dir.path(), &[dataset]);
         let table = watch::Sender::new(Arc::new(WorkerTable { epoch: 1, members: Vec::new() }));
         write_private(&dir.path().join("table.json"), &serde_json::to_vec(&**table.borrow()).unwrap());
         let config = ClientConfig {
             name: "test".into(),
             key: key.clone(),
-            budget: 128 << 20,
+            memory: MemoryBudget::new(128 << 20),
             deadline: Duration::from_secs(30),
             max_read_ahead: 0,
             connections_per_worker: 2,
@@ -191,6 +205,23 @@ impl Cluster {
         cluster.publish((0..workers).collect());
         cluster.ready().await;
         cluster
+    }
+
+    /// Names the datasets that are served from now on.
+    pub(crate) fn configure(&self, datasets: &[DatasetConfig]) {
+        write_datasets(self.dir.path(), datasets);
+    }
+
+    /// The dataset with other sources.
+    pub(crate) fn with_sources(&self, sources: Vec<SourceConfig>) -> DatasetConfig {
+        DatasetConfig {
+            id: self.id,
+            namespace: "default".into(),
+            name: "data".into(),
+            sources,
+            policy: Policy::Hold,
+            quota: None,
+        }
     }
 
     /// Writes a table of these workers.
@@ -282,9 +313,13 @@ impl Cluster {
     }
 
     pub(crate) async fn status(&self, index: usize) -> DatasetStatus {
+        self.status_of(index, self.id).await.unwrap().datasets.remove(0)
+    }
+
+    /// What a worker says of one dataset.
+    pub(crate) async fn status_of(&self, index: usize, dataset: DatasetId) -> Result<StatusResponse, Status> {
         let mut control = self.client.control(&self.workers[index].options.name).await.unwrap();
-        let status = control.status(StatusRequest { dataset: self.id.to_bytes() }).await.unwrap();
-        status.into_inner().datasets.remove(0)
+        Ok(control.status(StatusRequest { dataset: dataset.to_bytes() }).await?.into_inner())
     }
 
     /// Sums of a number over the workers that run.
@@ -322,6 +357,16 @@ pub(crate) fn source(store: &TestStore, prefix: &str) -> SourceSpec {
             session_token: None,
         }),
     }
+}
+
+/// A source at a path.
+pub(crate) fn at(path: &str, spec: SourceSpec) -> SourceConfig {
+    SourceConfig { path: path.into(), spec, problem: None }
+}
+
+fn write_datasets(dir: &Path, datasets: &[DatasetConfig]) {
+    let file = DatasetsFile { datasets: datasets.to_vec() };
+    write_private(&dir.join("datasets.json"), &serde_json::to_vec(&file).unwrap());
 }
 
 fn hex(bytes: &[u8]) -> String {

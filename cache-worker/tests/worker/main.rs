@@ -7,3 +7,5 @@ mod garbage;
 mod harness;
 mod reads;
 mod restarts;
+mod sources;
+mod wiping;

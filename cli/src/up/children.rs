@@ -45,6 +45,11 @@ pub struct ChildArgs {
 }
 
 impl ChildArgs {
+    /// Whether a parent process looks after this one.
+    pub fn has_parent(&self) -> bool {
+        self.parent.is_some()
+    }
+
     /// Gives up privileges; before there are threads.
     pub fn enter(&self) -> anyhow::Result<()> {
         match self.parent {

@@ -4,21 +4,23 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, bail};
 use forebay_api::manifest::{Manifest, TierVolume, ValidatedDataset, ValidatedRuntime};
 use forebay_cache_worker::{DatasetConfig, DatasetsFile, SourceConfig, WorkerOptions};
-use forebay_fuse::VolumeConfig;
-use forebay_keeper::{Event, Keeper, KeeperOptions, MountSpec, VolumeStatus, mount::clean_stale, tables::Counter};
+use forebay_fuse::{DatasetRef, KeySource, TableSource, VolumeConfig};
+use forebay_keeper::{
+    Event, Keeper, KeeperError, KeeperOptions, MountInfo, MountSpec, VolumeStatus, mount::clean_stale, tables::Counter,
+};
 use forebay_protocol::{
     DatasetId,
     table::{Member, MemberState, WorkerTable},
 };
 use forebay_under_store::{Limits, S3Addressing, S3Credentials, S3Options, SourceSpec};
 use serde_json::{Value, json};
-use tokio::{sync::mpsc, task::JoinHandle};
+use tokio::{sync::mpsc, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
@@ -26,12 +28,15 @@ use super::{
     DAEMON_GRACE, DatasetRecord, Layout, Record, RuntimeRecord, UNMOUNT_GRACE, UpArgs, WORKER_GRACE,
     children::{ChildSpec, ChildState, path_argument, ready, supervise},
     control,
-    layout::{check_reachable, own_directory, runtime_key, write_private},
+    layout::{check_reachable, own_directory, runtime_key, state_directory, write_private},
     privileges::{RunAs, is_root},
     teardown::{InstanceLock, Leavings},
 };
 use crate::session::read_table;
 
+/// The keeper's deadlines for one mount: to resolve and to look at the target (10 s each), two runs of `fusermount3` (20 s
+/// each), INIT (10 s).
+const MOUNT_DEADLINE: Duration = Duration::from_secs(70);
 /// Two: one serves, one stands by.
 const DAEMONS: usize = 2;
 
@@ -41,6 +46,8 @@ pub struct Instance {
     record: Record,
     run_as: Option<RunAs>,
     keeper: Option<Arc<Keeper>>,
+    /// The mount that is being made.
+    mounting: Option<JoinHandle<Result<MountInfo, KeeperError>>>,
     workers: Group,
     daemons: Group,
     control: CancellationToken,
@@ -83,7 +90,7 @@ impl Instance {
             (false, None) => None,
             (false, Some(_)) => bail!("--run-as needs root"),
         };
-        own_directory(layout.state(), run_as)?;
+        state_directory(layout.state())?;
         if let Some(user) = run_as {
             check_reachable(&layout.record(), user)?;
         }
@@ -92,8 +99,6 @@ impl Instance {
             info!(?cleaned, "an instance that was killed had left a mount");
         }
         let mut leavings = Leavings::begin(layout.leavings());
-        leavings.at_end(layout.mounts());
-        leavings.at_end(layout.mounts_lock());
         for file in [layout.record(), layout.control_socket(), layout.keeper_socket()] {
             leavings.file(file)?;
         }
@@ -102,6 +107,7 @@ impl Instance {
             layout,
             run_as,
             keeper: None,
+            mounting: None,
             workers: Group::default(),
             daemons: Group::default(),
             control: CancellationToken::new(),
@@ -134,14 +140,15 @@ impl Instance {
             let directory = self.layout.runtime(&dataset.namespace, &dataset.runtime);
             let id = DatasetId::local(&dataset.namespace, &dataset.name);
             let config = VolumeConfig {
-                dataset: id,
                 name: format!("{}/{}", dataset.namespace, dataset.name),
-                table_file: directory.join("table.json"),
-                key_file: directory.join("key"),
                 budget_bytes: args.memory << 20,
                 deadline_ms: args.deadline * 1000,
                 mounted_at_ns: i64::try_from(mounted_at.as_nanos()).unwrap_or(i64::MAX),
-                ..VolumeConfig::new(id, directory.join("table.json"), directory.join("key"))
+                ..VolumeConfig::new(
+                    DatasetRef::Id(id),
+                    TableSource::File(directory.join("table.json")),
+                    KeySource::File(directory.join("key")),
+                )
             };
             self.mount(
                 &keeper,
@@ -172,7 +179,10 @@ impl Instance {
         args: &UpArgs,
     ) -> anyhow::Result<()> {
         let directory = self.layout.runtime(&runtime.namespace, &runtime.name);
-        own_directory(&directory, self.run_as)?;
+        if let Some(runtimes) = directory.parent() {
+            own_directory(runtimes, None)?;
+        }
+        own_directory(&directory, None)?;
         let (table, key, served) =
             (directory.join("table.json"), directory.join("key"), directory.join("datasets.json"));
         runtime_key(&key, self.run_as)?;
@@ -187,14 +197,20 @@ impl Instance {
         let empty = WorkerTable { epoch, members: Vec::new() };
         write_private(&table, &serde_json::to_vec_pretty(&empty)?, self.run_as)?;
 
+        // The workers make their cache directories in it themselves: root touches nothing in a directory of theirs.
+        let caches = directory.join("cache");
+        own_directory(&caches, self.run_as)?;
         let mut starting = Vec::new();
         for index in 0..runtime.replicas {
             let name = format!("{}-{index}", runtime.name);
             let cache_dir = match &runtime.tier.volume {
-                TierVolume::EmptyDir => directory.join(&name),
-                TierVolume::HostPath(path) => path.join(format!("{}.{name}", runtime.namespace)),
+                TierVolume::EmptyDir => caches.join(&name),
+                TierVolume::HostPath(path) => {
+                    let cache_dir = path.join(format!("{}.{name}", runtime.namespace));
+                    own_directory(&cache_dir, self.run_as)?;
+                    cache_dir
+                }
             };
-            own_directory(&cache_dir, self.run_as)?;
             if let Some(user) = self.run_as {
                 check_reachable(&cache_dir.join("chunks"), user)?;
             }
@@ -264,7 +280,13 @@ impl Instance {
         for index in 0..DAEMONS {
             self.daemons.supervise(ChildSpec {
                 name: format!("fuse-{index}"),
-                arguments: vec!["fuse".into(), "--socket".into(), path_argument(&self.layout.keeper_socket())?],
+                arguments: vec![
+                    "fuse".into(),
+                    // `--memory` is for each Dataset.
+                    "--memory-per-volume".into(),
+                    "--socket".into(),
+                    path_argument(&self.layout.keeper_socket())?,
+                ],
                 run_as: self.run_as,
                 grace: DAEMON_GRACE,
             });
@@ -272,12 +294,14 @@ impl Instance {
         Ok(keeper)
     }
 
-    async fn mount(&self, keeper: &Arc<Keeper>, spec: MountSpec) -> anyhow::Result<()> {
+    async fn mount(&mut self, keeper: &Arc<Keeper>, spec: MountSpec) -> anyhow::Result<()> {
         let keeper = Arc::clone(keeper);
         let target = spec.target.clone();
-        let info = tokio::task::spawn_blocking(move || keeper.mount(spec))
-            .await?
-            .with_context(|| format!("mounting {}", target.display()))?;
+        // Kept here: whoever is interrupted while it goes on must take down what comes of it.
+        let mounting = self.mounting.insert(tokio::task::spawn_blocking(move || keeper.mount(spec)));
+        let mounted = mounting.await;
+        self.mounting = None;
+        let info = mounted?.with_context(|| format!("mounting {}", target.display()))?;
         for loss in &info.losses {
             warn!(mount = %target.display(), "{loss}");
         }
@@ -295,14 +319,24 @@ impl Instance {
     /// Takes everything down, in the reverse order of its start. Never fails: what cannot be taken down is logged.
     pub async fn stop(&mut self) {
         self.control.cancel();
+        if let Some(mounting) = self.mounting.take()
+            && timeout(MOUNT_DEADLINE, mounting).await.is_err()
+        {
+            warn!("a mount is still being made after {MOUNT_DEADLINE:?}; the next start takes it down");
+        }
         if let Some(keeper) = self.keeper.take() {
             let unmounting = Arc::clone(&keeper);
             if let Err(error) = tokio::task::spawn_blocking(move || unmount_all(&unmounting)).await {
                 warn!(%error, "unmounting failed");
             }
             self.daemons.end().await;
-            // Only now: a keeper that ends stops its daemons, and their supervisors would start them again.
-            drop(keeper);
+            // Only now: a keeper that ends stops its daemons, and their supervisors would start them again. It keeps its
+            // record of what could not be unmounted, for the next start.
+            match tokio::task::spawn_blocking(move || keeper.shutdown(Duration::ZERO)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => warn!(error = format!("{:#}", anyhow::Error::new(error)), "a mount is left"),
+                Err(error) => warn!(%error, "the keeper failed"),
+            }
         }
         self.workers.end().await;
     }
@@ -404,6 +438,7 @@ fn dataset_config(dataset: &ValidatedDataset, workers: u32) -> DatasetConfig {
                     session_token: credentials.session_token.clone(),
                 }),
             },
+            problem: None,
         })
         .collect();
     DatasetConfig {

@@ -9,18 +9,26 @@
 //! STATE/runtimes/NS.NAME/table.json     the worker table
 //! STATE/runtimes/NS.NAME/key            the runtime's key, hex
 //! STATE/runtimes/NS.NAME/datasets.json  what the workers serve, with credentials
-//! STATE/runtimes/NS.NAME/NAME-0/        a worker's cache (emptyDir tiers), kept between runs
+//! STATE/runtimes/NS.NAME/cache/NAME-0/  a worker's cache (emptyDir tiers), kept between runs
 //! ```
+//!
+//! As root, all of it is root's, so that the unprivileged user of workers and daemons can put nothing where root writes;
+//! that user has `cache/` and what is below (a worker makes its cache directory again when it vanishes), and may read the
+//! files of a runtime.
 
 use std::{
     fs,
     io::Write as _,
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, chown, fchown},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, fchown},
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context, bail};
-use forebay_protocol::{DatasetId, handshake::RuntimeKey};
+use forebay_protocol::{
+    DatasetId,
+    handshake::{KeyFileError, RuntimeKey},
+};
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
 use super::privileges::{RunAs, is_root};
@@ -118,11 +126,6 @@ impl Layout {
         self.state.join("mounts.json")
     }
 
-    /// The lock that the keeper puts beside it.
-    pub fn mounts_lock(&self) -> PathBuf {
-        self.state.join("mounts.json.lock")
-    }
-
     /// The mount points that an instance made.
     pub fn leavings(&self) -> PathBuf {
         self.state.join("made.json")
@@ -149,22 +152,39 @@ impl Layout {
     }
 }
 
-/// Creates a directory (and its parents) that `owner` may use; one that exists is left as it is but for its owner.
+/// Creates a directory (and its parents), of `owner` or else of this process's user; one that exists is left as it is but
+/// for its owner. What is there must be a directory, not a link to one.
 pub fn own_directory(path: &Path, owner: Option<RunAs>) -> anyhow::Result<()> {
+    make_directory(path, owner, OFlags::NOFOLLOW)
+}
+
+/// The same for the state directory, which whoever starts the instance may have made a link.
+pub fn state_directory(path: &Path) -> anyhow::Result<()> {
+    make_directory(path, None, OFlags::empty())
+}
+
+fn make_directory(path: &Path, owner: Option<RunAs>, flags: OFlags) -> anyhow::Result<()> {
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o755)
         .create(path)
         .with_context(|| format!("creating {}", path.display()))?;
-    if let Some(owner) = owner {
-        chown(path, Some(owner.uid), Some(owner.gid))
+    let flags = flags | OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+    let directory = rustix::fs::open(path, flags, rustix::fs::Mode::empty())
+        .with_context(|| format!("opening the directory {}", path.display()))?;
+    let directory = fs::File::from(directory);
+    let own = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    let (uid, gid) = owner.map_or(own, |owner| (owner.uid, owner.gid));
+    // Only root gives directories away, and takes back what an earlier version gave away.
+    if is_root() && directory.metadata()?.uid() != uid {
+        fchown(&directory, Some(uid), Some(gid))
             .with_context(|| format!("changing the owner of {}", path.display()))?;
     }
     Ok(())
 }
 
-/// Replaces a file whole, readable by its owner only. The directory may belong to the unprivileged user, so nothing that
-/// lies there already is opened or followed.
+/// Replaces a file whole, readable by its owner only. Nothing that lies there already is opened or followed: the state
+/// directory may be below one that is another user's.
 pub fn write_private(path: &Path, contents: &[u8], owner: Option<RunAs>) -> anyhow::Result<()> {
     let temporary = path.with_extension("new");
     let write = || -> std::io::Result<()> {
@@ -189,17 +209,16 @@ pub fn runtime_key(path: &Path, owner: Option<RunAs>) -> anyhow::Result<RuntimeK
         return read_key(path);
     }
     let key = RuntimeKey::generate();
-    write_private(path, hex::encode(key.expose()).as_bytes(), owner)?;
+    write_private(path, key.to_text().as_bytes(), owner)?;
     Ok(key)
 }
 
 /// Reads a runtime's key.
 pub fn read_key(path: &Path) -> anyhow::Result<RuntimeKey> {
-    let text = fs::read_to_string(path).with_context(|| format!("reading the runtime's key {}", path.display()))?;
-    let mut bytes = [0; 32];
-    hex::decode_to_slice(text.trim(), &mut bytes)
-        .with_context(|| format!("{} does not hold 32 bytes in hex; remove it and start again", path.display()))?;
-    Ok(RuntimeKey::new(bytes))
+    RuntimeKey::read(path).map_err(|error| match error {
+        KeyFileError::Read { .. } => error.into(),
+        KeyFileError::Invalid { .. } => anyhow::Error::new(error).context("remove the key and start again"),
+    })
 }
 
 /// Whether `user` can reach `path`: every directory above it must let them search. Names the first that does not.

@@ -93,11 +93,6 @@ impl Leavings {
         Ok(())
     }
 
-    /// A file that others write and that vanishes at the end.
-    pub fn at_end(&mut self, path: PathBuf) {
-        self.files.push(path);
-    }
-
     /// Creates a directory to mount on, and its parents; only what did not exist is removed at the end.
     pub fn mount_point(&mut self, path: &Path) -> anyhow::Result<()> {
         let missing: Vec<&Path> = path.ancestors().take_while(|ancestor| !ancestor.exists()).collect();

@@ -2,6 +2,7 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of it")]
 
 pub mod content;
+pub mod node;
 pub mod readers;
 
 use std::{

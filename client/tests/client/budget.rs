@@ -1,11 +1,9 @@
 //! Memory stays within its budget, and everybody goes on.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
-use forebay_protocol::frame::Purpose;
+use forebay_client::MemoryBudget;
+use forebay_protocol::frame::{Purpose, Read};
 use futures::future::join_all;
 
 use crate::support::{Cluster, MIB, Reply, eventually};
@@ -14,32 +12,30 @@ const BUDGET: usize = 8 << 20;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sixty_four_readers_share_eight_mebibytes() {
-    let cluster = Arc::new(Cluster::with(3, |config| config.budget = BUDGET).await);
+    let cluster = Arc::new(Cluster::with(3, |config| config.memory = MemoryBudget::new(BUDGET)).await);
+    // Nobody is starved: a read that gets no memory within its deadline fails.
     let readers = (0..64).map(|i| {
         let cluster = cluster.clone();
         tokio::spawn(async move {
             let file = cluster.open(&format!("/f{i}"), 20 * MIB);
-            let start = Instant::now();
             for step in 0..6 {
                 // Half of them sequential, half of them not.
                 let offset = if i % 2 == 0 { step * MIB } else { (step * 7 + i) % 19 * MIB + 1 };
                 file.check(offset, 1 << 20).await;
             }
-            start.elapsed()
         })
     });
-    let times: Vec<Duration> = join_all(readers).await.into_iter().map(|time| time.unwrap()).collect();
+    join_all(readers).await.into_iter().for_each(|read| read.unwrap());
     let metrics = cluster.client.metrics();
     assert!(metrics.budget_peak <= BUDGET as u64, "{metrics:?}");
     assert!(metrics.budget_peak > BUDGET as u64 / 2, "the budget is used: {metrics:?}");
     assert!(metrics.budget_waits > 0);
-    assert!(times.iter().max() < Some(&Duration::from_secs(9)), "{times:?}");
     eventually("all memory came back", || cluster.client.metrics().budget_used == 0).await;
 }
 
 #[tokio::test]
 async fn what_is_read_ahead_gives_way_to_reads() {
-    let cluster = Cluster::with(1, |config| config.budget = BUDGET).await;
+    let cluster = Cluster::with(1, |config| config.memory = MemoryBudget::new(BUDGET)).await;
     let idle: Vec<_> = (0..4).map(|i| cluster.open(&format!("/idle{i}"), 100 * MIB)).collect();
     for file in &idle {
         for i in 0..8 {
@@ -61,10 +57,29 @@ async fn what_is_read_ahead_gives_way_to_reads() {
 }
 
 #[tokio::test]
+async fn clients_that_share_a_budget_keep_within_it_and_give_way_to_each_other() {
+    let memory = MemoryBudget::new(BUDGET);
+    let sharing = || Cluster::with(1, |config| config.memory = memory.clone());
+    let (idle, busy) = (sharing().await, sharing().await);
+    let ahead: Vec<_> = (0..4).map(|i| idle.open(&format!("/idle{i}"), 100 * MIB)).collect();
+    for file in &ahead {
+        for i in 0..8 {
+            file.check(i * MIB, 1 << 20).await;
+        }
+    }
+    eventually("read-ahead of one took what it may", || memory.usage().used >= 4 << 20).await;
+    let held = busy.open("/other", 100 * MIB).reader.read(0, 7 << 20).await.unwrap();
+    assert!(idle.client.metrics().read_ahead_wasted_bytes > 0);
+    assert!(memory.usage().peak <= BUDGET as u64);
+    drop((held, idle, ahead, busy));
+    eventually("all memory came back", || memory.usage().used == 0).await;
+}
+
+#[tokio::test]
 async fn stalled_reads_hold_nobody_else() {
     let cluster = Arc::new(
         Cluster::with(1, |config| {
-            config.budget = BUDGET;
+            config.memory = MemoryBudget::new(BUDGET);
             config.deadline = Duration::from_secs(20);
             config.connections_per_worker = 1;
         })
@@ -85,17 +100,16 @@ async fn stalled_reads_hold_nobody_else() {
         })
         .collect();
     eventually("reads are stalled", || cluster.requests() >= 7).await;
-    let start = Instant::now();
     let file = cluster.open("/held", 20 * MIB);
     for i in 0..10 {
         file.check(i * MIB, 1 << 20).await;
     }
-    assert!(start.elapsed() < Duration::from_secs(6), "{:?}", start.elapsed());
-    // The source answers again: whoever waited gets the right bytes.
-    cluster.all(Reply::Serve);
+    // They overtook those who wait.
     for read in &stalled {
         assert!(!read.is_finished());
     }
+    // The source answers again: whoever waited gets the right bytes.
+    cluster.all(Reply::Serve);
     // Those under way were told nothing yet; they end by a new connection.
     cluster.workers[0].freeze(true);
     tokio::time::sleep(Duration::from_millis(2500)).await;
@@ -110,7 +124,7 @@ async fn stalled_reads_hold_nobody_else() {
 async fn parked_memory_is_taken_again_when_bytes_come() {
     let cluster = Arc::new(
         Cluster::with(1, |config| {
-            config.budget = 4 << 20;
+            config.memory = MemoryBudget::new(4 << 20);
             config.deadline = Duration::from_secs(20);
         })
         .await,
@@ -140,13 +154,14 @@ async fn stalled_read_ahead_leaves_the_demand_lane_free() {
         Purpose::ReadAhead => Reply::Stall,
         _ => Reply::Serve,
     });
-    for i in 0..20 {
-        let file = cluster.open(&format!("/f{i}"), 100 * MIB);
+    let files: Vec<_> = (0..20).map(|i| cluster.open(&format!("/f{i}"), 100 * MIB)).collect();
+    for file in &files {
         file.check(0, 1 << 20).await;
         file.check(MIB, 1 << 20).await;
     }
-    let start = Instant::now();
-    let other = cluster.open("/other", 100 * MIB);
-    other.check(50 * MIB, 1 << 20).await;
-    assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
+    let ahead = |read: &Read| read.purpose == Purpose::ReadAhead;
+    eventually("read-ahead is stalled", || cluster.workers[0].requests().iter().any(ahead)).await;
+    cluster.open("/other", 100 * MIB).check(50 * MIB, 1 << 20).await;
+    // Nothing that is stalled had to go first.
+    assert_eq!(cluster.workers[0].cancels(), 0);
 }

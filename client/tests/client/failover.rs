@@ -16,12 +16,10 @@ async fn a_dead_worker_is_avoided_at_once() {
     let file = cluster.open("/a", 8 * MIB);
     let owner = cluster.order(&file)[0];
     cluster.workers[owner].stop();
-    let start = Instant::now();
     file.check(0, 1 << 20).await;
     file.check(5 * MIB, 1 << 20).await;
-    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
     let metrics = cluster.client.metrics();
-    assert!(metrics.failovers >= 1);
+    assert!(metrics.failovers >= 1 && metrics.retries == 0, "the next one was asked without a pause: {metrics:?}");
     assert!(!metrics.members[owner].up);
     assert!(metrics.members[owner].last_error.contains("connect"), "{}", metrics.members[owner].last_error);
 
@@ -60,12 +58,12 @@ async fn a_stopped_worker_is_noticed_by_its_silence() {
     // Readers that are under way wait out the silence together; those that come later do not.
     let reads = (1..9).map(|i| file.check(i * 4 * MIB, 1 << 20));
     futures::future::join_all(reads).await;
-    let took = start.elapsed();
-    assert!(took >= Duration::from_millis(1900) && took < Duration::from_secs(4), "{took:?}");
-    let start = Instant::now();
+    assert!(start.elapsed() >= Duration::from_millis(1900), "{:?}", start.elapsed());
+    let noticed = cluster.client.metrics().members[owner].clone();
+    assert!(noticed.last_error.contains("silent for 2s"), "{}", noticed.last_error);
     file.check(38 * MIB, 1 << 20).await;
-    assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
-    assert!(!cluster.client.metrics().members[owner].up);
+    let later = cluster.client.metrics().members[owner].clone();
+    assert_eq!((later.up, later.requests), (false, noticed.requests));
 
     cluster.workers[owner].freeze(false);
     eventually("the worker is used again", || cluster.client.metrics().members[owner].up).await;
@@ -153,11 +151,9 @@ async fn final_codes_end_the_read() {
             let cluster = Cluster::start(3).await;
             let file = cluster.open("/a", size);
             cluster.all(Reply::Fail(code));
-            let start = Instant::now();
             let error = file.reader.read(0, 4096).await.unwrap_err();
             assert!(error.to_string().contains(text), "{code}: {error}");
-            assert_eq!(cluster.requests(), requests, "{code}");
-            assert!(start.elapsed() < Duration::from_secs(1));
+            assert_eq!((cluster.requests(), cluster.client.metrics().retries), (requests, 0), "{code}");
         }
     }
 }
@@ -178,7 +174,8 @@ async fn the_deadline_ends_a_read_when_all_are_gone_and_reads_recover() {
         let ClientError::Unavailable(text) = &error else { panic!("{error}") };
         assert!(text.contains("1.5s") && text.contains("worker worker-"), "{text}");
     }
-    assert!(took >= Duration::from_millis(1400) && took < Duration::from_millis(2200), "{took:?}");
+    // By the text it was the deadline that ended them; it did so not much later.
+    assert!(took >= Duration::from_millis(1400) && took < Duration::from_secs(8), "{took:?}");
 
     for worker in &mut cluster.workers {
         worker.restart().await;

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use forebay_client::ClientError;
+use forebay_client::{ClientError, MemoryBudget};
 use forebay_protocol::{BLOCK_SIZE, CHUNK_SIZE, frame::Purpose};
 use proptest::prelude::*;
 
@@ -30,7 +30,7 @@ proptest! {
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let cluster = Cluster::with(2, |config| config.budget = 16 << 20).await;
+            let cluster = Cluster::with(2, |config| config.memory = MemoryBudget::new(16 << 20)).await;
             let file = cluster.open("/a", size);
             let mut offset = 0;
             for (place, len, sequential, twice) in reads {

@@ -101,7 +101,7 @@ impl Rig {
     async fn directory(&self, index: usize) -> u64 {
         let mut id = ROOT_ID;
         for name in DIRECTORIES[index].split('/').filter(|name| !name.is_empty()) {
-            id = self.fs.lookup(id, name.as_bytes()).await.unwrap().unwrap().id;
+            id = self.fs.lookup(id, name.as_bytes()).await.unwrap().attributes.unwrap().id;
         }
         id
     }
@@ -139,7 +139,7 @@ impl Rig {
             Step::Lookup { directory, name } => {
                 let parent = self.directory(directory).await;
                 let full = format!("{}/{}", DIRECTORIES[directory], NAMES[name]);
-                match self.fs.lookup(parent, NAMES[name].as_bytes()).await.unwrap() {
+                match self.fs.lookup(parent, NAMES[name].as_bytes()).await.unwrap().attributes {
                     Some(attributes) => {
                         self.learn(&full, &attributes);
                         assert_eq!(self.fs.getattr(attributes.id), Ok(attributes));

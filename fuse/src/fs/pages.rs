@@ -2,7 +2,8 @@
 //!
 //! The kernel caches directories itself; this only keeps one walk of a directory from asking a worker once per reply.
 //! Bounded in pages and in age. Invariant: a page that was asked for before a change was announced is never kept after
-//! it ([`Pages::ticket`]).
+//! it ([`Pages::ticket`]). Look-ups take tickets, too: what the kernel may keep must not be older than what it was told
+//! to forget.
 
 use std::{
     cmp::Ordering,
@@ -54,15 +55,33 @@ pub(crate) fn compare(entry: &Entry, key: &[u8]) -> Ordering {
     entry.name.iter().chain(suffix).cmp(key.iter())
 }
 
+/// Changes are counted for so many groups of directories, so that a change in one seldom troubles requests in another.
+const GROUPS: usize = 64;
+
 /// Proof that nothing was announced between a request and its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Ticket(u64);
+pub(crate) struct Ticket {
+    group: usize,
+    changes: u64,
+}
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Inner {
     /// Most recently used last.
     pages: VecDeque<Arc<Held>>,
-    changes: u64,
+    changes: [u64; GROUPS],
+}
+
+impl Default for Inner {
+    fn default() -> Self {
+        Self { pages: VecDeque::new(), changes: [0; GROUPS] }
+    }
+}
+
+/// Ids of directories are positions of records, so their low bits alone are no good.
+fn group(directory: u64) -> usize {
+    // The six high bits of a Fibonacci hash: less than GROUPS.
+    (directory.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58) as usize
 }
 
 /// The pages of one volume.
@@ -87,16 +106,22 @@ impl Pages {
         Some((held, index))
     }
 
-    /// To be taken before a page is asked for.
-    pub(crate) fn ticket(&self) -> Ticket {
-        Ticket(self.inner.lock().changes)
+    /// To be taken before anything of this directory is asked for.
+    pub(crate) fn ticket(&self, directory: u64) -> Ticket {
+        let group = group(directory);
+        Ticket { group, changes: self.inner.lock().changes[group] }
+    }
+
+    /// Whether nothing of its directory was announced since the ticket was taken.
+    pub(crate) fn is_current(&self, ticket: Ticket) -> bool {
+        self.inner.lock().changes[ticket.group] == ticket.changes
     }
 
     /// Keeps an answer, unless something changed since `ticket`.
     pub(crate) fn keep(&self, ticket: Ticket, directory: u64, after: Bytes, page: ListPage) -> Arc<Held> {
         let held = Arc::new(Held { directory, after, page, at: Instant::now() });
         let mut inner = self.inner.lock();
-        if inner.changes == ticket.0 {
+        if inner.changes[ticket.group] == ticket.changes {
             if inner.pages.len() == MAX_PAGES {
                 inner.pages.pop_front();
             }
@@ -108,10 +133,15 @@ impl Pages {
     /// Forgets a directory, or all of them.
     pub(crate) fn forget(&self, directory: Option<u64>) {
         let mut inner = self.inner.lock();
-        inner.changes += 1;
         match directory {
-            Some(directory) => inner.pages.retain(|held| held.directory != directory),
-            None => inner.pages.clear(),
+            Some(directory) => {
+                inner.changes[group(directory)] += 1;
+                inner.pages.retain(|held| held.directory != directory);
+            }
+            None => {
+                inner.changes.iter_mut().for_each(|changes| *changes += 1);
+                inner.pages.clear();
+            }
         }
     }
 }
@@ -143,7 +173,7 @@ mod tests {
     #[test]
     fn positions_follow_sort_keys() {
         let pages = Pages::default();
-        pages.keep(pages.ticket(), 5, Bytes::from_static(b"m"), page(&["n", "o-", "o/", "o0"], false));
+        pages.keep(pages.ticket(5), 5, Bytes::from_static(b"m"), page(&["n", "o-", "o/", "o0"], false));
         let index = |after: &str| pages.find(5, after.as_bytes()).map(|(_, index)| index);
         assert_eq!(index("a"), None);
         assert_eq!(index("m"), Some(0));
@@ -154,7 +184,7 @@ mod tests {
         assert_eq!(index("o/"), Some(3));
         assert_eq!(index("o0"), None);
         assert!(pages.find(6, b"n").is_none());
-        pages.keep(pages.ticket(), 5, Bytes::from_static(b"o0"), page(&["z"], true));
+        pages.keep(pages.ticket(5), 5, Bytes::from_static(b"o0"), page(&["z"], true));
         assert_eq!(index("o0"), Some(0));
         assert_eq!(index("z"), Some(1));
         assert_eq!(index("zz"), Some(1));
@@ -163,11 +193,18 @@ mod tests {
     #[test]
     fn an_answer_from_before_a_change_is_not_kept() {
         let pages = Pages::default();
-        let ticket = pages.ticket();
+        for change in [Some(5), None] {
+            let ticket = pages.ticket(5);
+            pages.forget(change);
+            assert!(!pages.is_current(ticket));
+            pages.keep(ticket, 5, Bytes::new(), page(&["a"], true));
+            assert!(pages.find(5, b"").is_none());
+        }
+        let ticket = pages.ticket(5);
+        assert_ne!(group(5), group(9));
         pages.forget(Some(9));
+        assert!(pages.is_current(ticket));
         pages.keep(ticket, 5, Bytes::new(), page(&["a"], true));
-        assert!(pages.find(5, b"").is_none());
-        pages.keep(pages.ticket(), 5, Bytes::new(), page(&["a"], true));
         pages.forget(Some(9));
         assert!(pages.find(5, b"").is_some());
         pages.forget(None);
@@ -178,7 +215,7 @@ mod tests {
     fn pages_are_bounded() {
         let pages = Pages::default();
         for directory in 0..100 {
-            pages.keep(pages.ticket(), directory, Bytes::new(), page(&["a"], true));
+            pages.keep(pages.ticket(directory), directory, Bytes::new(), page(&["a"], true));
         }
         assert_eq!(pages.inner.lock().pages.len(), MAX_PAGES);
         assert!(pages.find(99, b"").is_some());

@@ -74,7 +74,7 @@ fn given(text: &'static str) -> Contents {
 async fn lookup(fs: &FileSystem<MemoryTree>, text: &str) -> Attributes {
     let mut attributes = fs.getattr(ROOT_ID).unwrap();
     for name in path(text).components() {
-        attributes = fs.lookup(attributes.id, name).await.unwrap().unwrap();
+        attributes = fs.lookup(attributes.id, name).await.unwrap().attributes.unwrap();
     }
     attributes
 }
@@ -97,11 +97,11 @@ async fn names_and_attributes() {
     assert_eq!(fs.getattr(file.id), Ok(file));
     assert_eq!(fs.getattr(directory.id), Ok(directory));
 
-    assert_eq!(fs.lookup(ROOT_ID, b"none").await, Ok(None));
-    assert_eq!(fs.lookup(file.id, b"x").await, Err(Errno::ENOTDIR));
-    assert_eq!(fs.lookup(999, b"x").await, Err(Errno::ESTALE));
-    assert_eq!(fs.lookup(ROOT_ID, &[b'x'; 256]).await, Err(Errno::ENAMETOOLONG));
-    assert_eq!(fs.lookup(ROOT_ID, &[b'x'; 255]).await, Ok(None));
+    assert_eq!(fs.lookup(ROOT_ID, b"none").await.unwrap().attributes, None);
+    assert_eq!(fs.lookup(file.id, b"x").await.unwrap_err(), Errno::ENOTDIR);
+    assert_eq!(fs.lookup(999, b"x").await.unwrap_err(), Errno::ESTALE);
+    assert_eq!(fs.lookup(ROOT_ID, &[b'x'; 256]).await.unwrap_err(), Errno::ENAMETOOLONG);
+    assert_eq!(fs.lookup(ROOT_ID, &[b'x'; 255]).await.unwrap().attributes, None);
     assert_eq!(fs.getattr(999), Err(Errno::ESTALE));
     assert_eq!(fs.readlink(file.id), Err(Errno::EINVAL));
     assert_eq!(fs.access(file.id, libc::R_OK), Ok(()));
@@ -122,10 +122,10 @@ async fn a_failing_tree_is_an_errno_and_no_absence() {
     ];
     for (error, errno) in table {
         tree.fail([error.clone()]);
-        assert_eq!(fs.lookup(ROOT_ID, b"f").await, Err(errno));
+        assert_eq!(fs.lookup(ROOT_ID, b"f").await.unwrap_err(), errno);
         tree.fail([error]);
         assert_eq!(list(&fs, ROOT_ID, 2, 10).await, Err(errno));
-        assert!(fs.lookup(ROOT_ID, b"f").await.unwrap().is_some());
+        assert!(fs.lookup(ROOT_ID, b"f").await.unwrap().attributes.is_some());
     }
 }
 
@@ -337,4 +337,117 @@ async fn sums_are_learned_in_the_background() {
     assert_eq!(fs.statfs(), Statistics { blocks: 0, files: 0 });
     let _ = tokio::time::timeout(Duration::from_secs(1), fs.maintain()).await;
     assert_eq!(fs.statfs(), Statistics { blocks: 2, files: 1 });
+}
+
+/// A tree whose look-ups are answered at once and arrive when they are let through.
+struct Late {
+    tree: MemoryTree,
+    let_through: tokio::sync::Semaphore,
+    asked: std::sync::atomic::AtomicU32,
+}
+
+impl Tree for Late {
+    type Reader = crate::memory::MemoryReader;
+
+    async fn lookup(&self, directory: &DatasetPath, name: &[u8]) -> Result<Entry, TreeError> {
+        let answer = self.tree.lookup(directory, name).await;
+        self.asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        self.let_through.acquire().await.unwrap().forget();
+        answer
+    }
+
+    async fn list(
+        &self,
+        directory: &DatasetPath,
+        after: &[u8],
+        limit: u32,
+    ) -> Result<crate::tree::ListPage, TreeError> {
+        self.tree.list(directory, after, limit).await
+    }
+
+    fn open(&self, path: DatasetPath, version: FileVersion) -> Arc<Self::Reader> {
+        self.tree.open(path, version)
+    }
+
+    async fn inspect(&self, path: &DatasetPath, version: &FileVersion) -> Result<Inspection, TreeError> {
+        self.tree.inspect(path, version).await
+    }
+
+    fn directory_owner(&self, path: &DatasetPath) -> Option<String> {
+        self.tree.directory_owner(path)
+    }
+
+    fn changes(&self) -> futures::stream::BoxStream<'static, crate::tree::Change> {
+        self.tree.changes()
+    }
+
+    async fn totals(&self) -> Option<Totals> {
+        self.tree.totals().await
+    }
+}
+
+fn late() -> FileSystem<Late> {
+    let tree = MemoryTree::new();
+    tree.put(&path("/f"), given("one")).unwrap();
+    let late = Late { tree, let_through: tokio::sync::Semaphore::new(0), asked: Default::default() };
+    let options = Options { ttl: Duration::from_secs(60), directory_time_ns: 7 };
+    FileSystem::new(late, tables(), Arc::new(Notices::new()), options)
+}
+
+/// Puts another version, and the news of it goes by.
+async fn change(fs: &FileSystem<Late>, changes: &mut futures::stream::BoxStream<'static, crate::tree::Change>) {
+    fs.tree.tree.put(&path("/f"), given("second")).unwrap();
+    let follow = crate::invalidation::follow(fs, std::mem::replace(changes, fs.tree.changes()), &fs.notices);
+    tokio::pin!(follow);
+    assert!(futures::poll!(&mut follow).is_pending());
+    let notice = crate::notices::Notice::Names { directory: ROOT_ID, names: vec![Bytes::from_static(b"f")] };
+    assert_eq!(fs.notices.try_next(), Some(notice));
+}
+
+#[tokio::test]
+async fn an_answer_that_the_news_overtook_is_not_given() {
+    let fs = late();
+    let mut changes = fs.tree.changes();
+    let lookup = fs.lookup(ROOT_ID, b"f");
+    tokio::pin!(lookup);
+    assert!(futures::poll!(&mut lookup).is_pending());
+    change(&fs, &mut changes).await;
+    fs.tree.let_through.add_permits(2);
+    let found = lookup.await.unwrap();
+    assert_eq!((found.attributes.unwrap().size, found.ttl), (6, Duration::from_secs(60)));
+    fs.answered(ROOT_ID, b"f", &found);
+    assert_eq!(fs.notices.try_next(), None);
+}
+
+#[tokio::test]
+async fn an_answer_that_is_overtaken_every_time_is_not_kept() {
+    let fs = late();
+    let mut changes = fs.tree.changes();
+    let lookup = fs.lookup(ROOT_ID, b"f");
+    tokio::pin!(lookup);
+    for _ in 0..=ASK_AGAIN {
+        assert!(futures::poll!(&mut lookup).is_pending());
+        change(&fs, &mut changes).await;
+        fs.tree.let_through.add_permits(1);
+    }
+    let found = lookup.await.unwrap();
+    assert_eq!((found.attributes.is_some(), found.ttl), (true, Duration::ZERO));
+    assert_eq!(fs.tree.asked.load(std::sync::atomic::Ordering::Relaxed), ASK_AGAIN + 1);
+    fs.answered(ROOT_ID, b"f", &found);
+    assert_eq!(fs.notices.try_next(), None);
+}
+
+#[tokio::test]
+async fn an_answer_that_is_overtaken_on_its_way_to_the_kernel_is_taken_back() {
+    let fs = late();
+    let mut changes = fs.tree.changes();
+    for name in [b"f".as_slice(), b"none"] {
+        fs.tree.let_through.add_permits(1);
+        let found = fs.lookup(ROOT_ID, name).await.unwrap();
+        assert!(!found.ttl.is_zero());
+        change(&fs, &mut changes).await;
+        fs.answered(ROOT_ID, name, &found);
+        let notice = crate::notices::Notice::Names { directory: ROOT_ID, names: vec![Bytes::copy_from_slice(name)] };
+        assert_eq!(fs.notices.try_next(), Some(notice));
+    }
 }

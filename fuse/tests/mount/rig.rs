@@ -12,7 +12,7 @@ use std::{
 };
 
 use forebay_fuse::{
-    VolumeConfig,
+    DatasetRef, KeySource, TableSource, VolumeConfig,
     config::ConfigError,
     daemon::{DaemonOptions, Volumes, run_with},
     memory::{Contents, MemoryTree, pattern},
@@ -25,6 +25,8 @@ pub(crate) const MOUNTED_AT_NS: i64 = 1_600_000_000_000_000_000;
 const SOCKET: &str = "FOREBAY_TEST_SOCKET";
 const SCRIPT: &str = "FOREBAY_TEST_SCRIPT";
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Of a daemon that was told to end and has no keeper.
+pub(crate) const LEAVE_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Whether mounts can be made here.
 pub(crate) fn can_mount() -> bool {
@@ -153,7 +155,10 @@ fn apply(tree: &MemoryTree, versions: &mut HashMap<String, FileVersion>, line: L
 #[test]
 fn daemon_child() {
     let (Some(socket), Some(script)) = (std::env::var_os(SOCKET), std::env::var_os(SCRIPT)) else { return };
-    let result = run_with(DaemonOptions::new(socket), Scripted { script: script.into() });
+    // It outlives its keeper, but not its test.
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).unwrap();
+    let options = DaemonOptions { leave_patience: LEAVE_PATIENCE, ..DaemonOptions::new(socket) };
+    let result = run_with(options, Scripted { script: script.into() });
     if let Err(error) = &result {
         eprintln!("daemon {}: {error}", std::process::id());
     }
@@ -173,22 +178,15 @@ impl Rig {
         let mut rig = Self { directory, keeper: None, daemons: Vec::new() };
         File::create(rig.script()).unwrap();
         rig.add(lines);
-        let options = KeeperOptions {
-            heartbeat_timeout: Duration::from_secs(2),
-            node_arena: 64 << 20,
-            max_handles: 4096,
-            ..KeeperOptions::new(rig.directory.path().join("keeper.sock"))
-        };
-        let (keeper, _events, _cleaned) = Keeper::start(options).unwrap();
-        rig.keeper = Some(keeper);
+        rig.start_keeper();
         rig.spawn();
         rig.spawn();
         fs::create_dir(rig.root()).unwrap();
         let config = VolumeConfig {
-            dataset: DatasetId::local("default", VOLUME),
+            dataset: DatasetRef::Id(DatasetId::local("default", VOLUME)),
             name: format!("default/{VOLUME}"),
-            table_file: PathBuf::from("/nonexistent"),
-            key_file: PathBuf::from("/nonexistent"),
+            table: TableSource::File(PathBuf::from("/nonexistent")),
+            key: KeySource::File(PathBuf::from("/nonexistent")),
             budget_bytes: 64 << 20,
             deadline_ms: 10_000,
             max_read_ahead_bytes: 0,
@@ -201,6 +199,32 @@ impl Rig {
         rig.keeper().mount(spec).unwrap();
         rig.wait(|status| status.daemons.len() == 2 && status.volume(VOLUME).is_some_and(|v| v.daemon.is_some()));
         rig
+    }
+
+    /// A keeper; it takes over the mounts of the one before.
+    pub(crate) fn start_keeper(&mut self) {
+        let options = KeeperOptions {
+            state_file: Some(self.directory.path().join("mounts.json")),
+            resume: true,
+            heartbeat_timeout: Duration::from_secs(2),
+            node_arena: 64 << 20,
+            max_handles: 4096,
+            ..KeeperOptions::new(self.directory.path().join("keeper.sock"))
+        };
+        let (keeper, _events, cleaned) = Keeper::start(options).unwrap();
+        assert_eq!(cleaned, []);
+        self.keeper = Some(keeper);
+    }
+
+    /// The keeper leaves everything to the daemons.
+    pub(crate) fn keeper_leaves(&mut self) {
+        self.keeper.take().unwrap().leave(PATIENCE).unwrap();
+    }
+
+    /// Whether that daemon still runs.
+    pub(crate) fn runs(&mut self, pid: i32) -> bool {
+        let child = self.daemons.iter_mut().find(|child| child.id() == pid as u32).unwrap();
+        child.try_wait().unwrap().is_none()
     }
 
     pub(crate) fn keeper(&self) -> &Keeper {

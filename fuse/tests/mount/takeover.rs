@@ -15,7 +15,7 @@ use std::{
 use forebay_keeper::tables::Counter;
 use rustix::process::Signal;
 
-use crate::rig::{Line, Rig, can_mount, expected, size_of_many};
+use crate::rig::{LEAVE_PATIENCE, Line, Rig, can_mount, expected, size_of_many};
 
 const BIG: u64 = 8 * 1024 * 1024 + 77;
 const FILES: u64 = 200;
@@ -141,7 +141,8 @@ fn killed_again_and_again_under_readers() {
     }
     let (reads, longest) = readers.finish();
     println!(
-        "{KILLS} kills, {hit} with requests in flight, {reads} reads, longest {longest} ms, take-over {slowest} ms"
+        "{KILLS} kills, {hit} with requests in flight, {reads} reads, longest {longest} ms, take-over {slowest} ms, {} silent",
+        rig.status().kills_silent
     );
     assert!(hit >= KILLS / 2, "only {hit} of {KILLS} kills met a request");
     assert!(reads > KILLS);
@@ -210,4 +211,63 @@ fn nobody_serves_for_a_while() {
     assert!(!reader.is_finished());
     rig.spawn();
     reader.join().unwrap();
+}
+
+#[test]
+fn the_keeper_leaves_and_daemons_serve_on() {
+    if !can_mount() {
+        return;
+    }
+    let mut rig = Rig::new(&lines());
+    let readers = Readers::start(&rig);
+    for round in 0..6u64 {
+        let before = rig.wait(|status| status.volume("test").unwrap().holders == 2).active().unwrap();
+        let read = readers.reads.load(Ordering::Relaxed);
+        rig.keeper_leaves();
+        // Served without a keeper; and by a daemon that was told to end, until there is one.
+        if round % 2 == 1 {
+            rustix::process::kill_process(rustix::process::Pid::from_raw(before).unwrap(), Signal::TERM).unwrap();
+        }
+        thread::sleep(Duration::from_millis(200));
+        assert!(rig.runs(before));
+        assert!(readers.reads.load(Ordering::Relaxed) > read);
+        rig.start_keeper();
+        if round % 2 == 1 {
+            rig.wait_for_successor(before);
+            rig.spawn();
+        } else {
+            let status = rig.wait(|status| status.volume("test").unwrap().daemon.is_some());
+            assert_eq!((status.active(), status.volume("test").unwrap().takeovers), (Some(before), 0));
+        }
+    }
+    let status = rig.wait(|status| status.volume("test").unwrap().holders == 2);
+    assert_eq!((status.kills_silent, status.kills_other), (0, 0));
+    let (reads, longest) = readers.finish();
+    println!("6 keepers, {reads} reads, longest {longest} ms");
+    assert!(longest < 5_000, "{longest} ms");
+    assert_eq!(rig.counter(Counter::Errors), 0);
+}
+
+#[test]
+fn without_a_keeper_a_daemon_that_is_to_end_does_so_after_its_patience() {
+    if !can_mount() {
+        return;
+    }
+    let mut rig = Rig::new(&lines());
+    let status = rig.wait(|status| status.volume("test").unwrap().holders == 2);
+    let pids: Vec<i32> = status.daemons.iter().map(|daemon| daemon.pid).collect();
+    rig.keeper_leaves();
+    let start = Instant::now();
+    for pid in &pids {
+        rustix::process::kill_process(rustix::process::Pid::from_raw(*pid).unwrap(), Signal::TERM).unwrap();
+    }
+    while pids.iter().any(|pid| rig.runs(*pid)) {
+        assert!(start.elapsed() < LEAVE_PATIENCE * 4);
+        thread::sleep(Duration::from_millis(20));
+    }
+    assert!(start.elapsed() >= LEAVE_PATIENCE, "{:?}", start.elapsed());
+    // Nobody is left: an error, and no wait.
+    let big = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(rig.at("big.bin"));
+    assert!(big.is_err());
+    rig.start_keeper();
 }

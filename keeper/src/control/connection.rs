@@ -1,10 +1,11 @@
 //! One connection of a daemon.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
+use super::volume::Means;
 use super::{HELLO, Volume};
 use crate::handover::{Role, ToDaemon, socket};
 use crate::keeper::{DaemonStatus, KeeperOptions};
@@ -22,6 +23,16 @@ pub(super) struct Connection {
     uid: u32,
     /// What it calls itself, once it has said hello.
     pub(super) hello: Option<String>,
+    /// Volumes that it announced and has not given back yet.
+    pub(super) to_come: u64,
+    /// Volumes whose descriptors it holds.
+    pub(super) holds: BTreeSet<String>,
+    /// It holds volumes that this keeper knows nothing of.
+    pub(super) unclaimed: bool,
+    /// It would like to exit.
+    pub(super) leaving: bool,
+    /// It was told that it may.
+    pub(super) let_go: bool,
     pub(super) heard: Instant,
     /// Packets, and the volume whose descriptors go along.
     outbox: VecDeque<(Vec<u8>, Option<String>)>,
@@ -44,6 +55,11 @@ impl Connection {
             pid: peer.pid.as_raw_nonzero().get(),
             uid,
             hello: None,
+            to_come: 0,
+            holds: BTreeSet::new(),
+            unclaimed: false,
+            leaving: false,
+            let_go: false,
             heard: Instant::now(),
             outbox: VecDeque::new(),
             overflow: false,
@@ -57,6 +73,11 @@ impl Connection {
             (false, Some(_)) => self.heard + options.heartbeat_timeout,
             (false, None) => self.heard + HELLO,
         }
+    }
+
+    /// Whether it has said all that it begins with, and so is a daemon that can be asked to serve.
+    pub(super) fn settled(&self) -> bool {
+        self.hello.is_some() && self.to_come == 0
     }
 
     /// Whether it has not read what was sent to it.
@@ -81,11 +102,10 @@ impl Connection {
         while let Some((packet, fds_of)) = self.outbox.front() {
             match fds_of.as_ref().map(|name| volumes.get(name)) {
                 None => socket::send(&self.socket, packet, &[])?,
-                Some(Some(volume)) => {
-                    let Volume { fuse, nodes, opens, counters, .. } = volume;
+                Some(Some(Volume { means: Some(Means { fuse, nodes, opens, counters, .. }), .. })) => {
                     socket::send(&self.socket, packet, &[fuse.as_fd(), nodes.fd(), opens.fd(), counters.fd()])?;
                 }
-                Some(None) => {}
+                Some(_) => {}
             }
             self.outbox.pop_front();
         }

@@ -1,5 +1,6 @@
 //! One volume: its descriptors, and who serves it.
 
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
@@ -7,18 +8,26 @@ use rustix::event::{PollFd, PollFlags};
 
 use super::VolumeState;
 use crate::handover::ToDaemon;
+use crate::health::{Health, VACANT};
 use crate::keeper::{Event, KeeperOptions, VolumeStatus};
 use crate::mount::{MountInfo, Mounted};
-use crate::tables::{Counters, NodeTable, OpenTable};
+use crate::sys;
+use crate::tables::{AttachError, CounterSnapshot, Counters, NodeStats, NodeTable, OpenTable};
+
+/// A volume that every daemon refused is offered again after this, twice this, and so on: what passes (descriptors or
+/// memory that ran out, a file that is being replaced) passes in seconds.
+const PAUSE_MIN: Duration = Duration::from_secs(1);
+/// Longest of these pauses.
+const PAUSE_MAX: Duration = Duration::from_secs(4);
 
 /// Who serves a volume. `since`: since when nobody has served it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
-    Vacant {
+    /// Mounted by an earlier keeper; a daemon may give back what is needed to have it served.
+    Returning {
         since: Instant,
     },
-    /// A daemon said that it can not; the next one is asked.
-    Failed {
+    Vacant {
         since: Instant,
     },
     Attaching {
@@ -35,15 +44,61 @@ pub(super) enum State {
     Vanished,
 }
 
+/// Who could not serve a volume, since it was served last.
+#[derive(Default)]
+struct Refusals {
+    /// Connections of the daemons that said so, and are not asked again before the others.
+    by: BTreeSet<u64>,
+    /// All there are have refused: until then nobody is asked.
+    until: Option<Instant>,
+    /// Such rounds.
+    rounds: u32,
+}
+
+/// What a daemon needs to serve a volume.
+pub(crate) struct Means {
+    pub(crate) fuse: OwnedFd,
+    pub(crate) init: Vec<u8>,
+    pub(crate) config: Vec<u8>,
+    pub(crate) nodes: NodeTable,
+    pub(crate) opens: OpenTable,
+    pub(crate) counters: Counters,
+}
+
+/// Why what a daemon gave back is not taken.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum MeansError {
+    #[error("no FUSE descriptor: {0}")]
+    Fuse(#[from] std::io::Error),
+    #[error(transparent)]
+    Table(#[from] AttachError),
+}
+
+impl Means {
+    /// Of what a daemon gave back: it is not trusted with more than what it could do before, which is to serve this volume
+    /// badly. Nothing asked here of a descriptor can wait for whoever made it.
+    pub(super) fn check(init: Vec<u8>, config: Vec<u8>, fds: [OwnedFd; 4]) -> Result<Self, MeansError> {
+        let [fuse, nodes, opens, counters] = fds;
+        sys::check_fuse(&fuse)?;
+        let (nodes, opens) = (NodeTable::attach(nodes)?, OpenTable::observe(opens)?);
+        Ok(Self { fuse, init, config, nodes, opens, counters: Counters::attach(counters)? })
+    }
+
+    /// Whether the connection was ended by an unmount or an abort.
+    pub(super) fn ended(&self) -> bool {
+        // Asked for nothing but errors, and not waiting: a waiting poll would be woken by every request.
+        let mut fds = [PollFd::new(&self.fuse, PollFlags::empty())];
+        let zero = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        matches!(rustix::event::poll(&mut fds, Some(&zero)), Ok(1..)) && fds[0].revents().contains(PollFlags::ERR)
+    }
+}
+
 pub(crate) struct Volume {
     pub(super) info: MountInfo,
-    pub(super) fuse: OwnedFd,
-    init: Vec<u8>,
-    pub(super) config: Vec<u8>,
-    pub(super) nodes: NodeTable,
-    pub(super) opens: OpenTable,
-    pub(super) counters: Counters,
+    /// `None` only while it is returning, and when it ended without.
+    pub(super) means: Option<Means>,
     pub(super) state: State,
+    refusals: Refusals,
     /// Attachments sent.
     generation: u64,
     /// Whether one was ever answered, or may have been at work.
@@ -51,6 +106,8 @@ pub(crate) struct Volume {
     takeovers: u64,
     last_takeover: Option<Duration>,
     pub(super) late_resends: u64,
+    /// What the daemon that serves it, or served it last, said.
+    health: Option<Health>,
 }
 
 impl Volume {
@@ -62,21 +119,27 @@ impl Volume {
         counters: Counters,
     ) -> Self {
         let Mounted { info, fuse, init } = mounted;
-        let state = State::Vacant { since: Instant::now() };
+        let means = Means { fuse, init, config, nodes, opens, counters };
+        Self::with(info, Some(means), State::Vacant { since: Instant::now() })
+    }
+
+    /// One that an earlier keeper mounted.
+    pub(crate) fn returning(info: MountInfo) -> Self {
+        Self::with(info, None, State::Returning { since: Instant::now() })
+    }
+
+    fn with(info: MountInfo, means: Option<Means>, state: State) -> Self {
         Self {
             info,
-            fuse,
-            init,
-            config,
-            nodes,
-            opens,
-            counters,
+            means,
             state,
+            refusals: Refusals::default(),
             generation: 0,
             served: false,
             takeovers: 0,
             last_takeover: None,
             late_resends: 0,
+            health: None,
         }
     }
 
@@ -87,7 +150,11 @@ impl Volume {
     /// When something is due although nothing happens.
     pub(super) fn deadline(&self, options: &KeeperOptions) -> Option<Instant> {
         match self.state {
-            State::Vacant { since } | State::Failed { since } => Some(since + options.abort_after),
+            State::Returning { since } => Some(since + options.rejoin),
+            State::Vacant { since } => {
+                let abort = since + options.abort_after;
+                Some(self.refusals.until.map_or(abort, |until| until.min(abort)))
+            }
             State::Attaching { sent, since, .. } => {
                 Some((sent + options.attach_timeout).min(since + options.abort_after))
             }
@@ -106,26 +173,78 @@ impl Volume {
     /// Whether nobody has served it for too long.
     pub(super) fn abort_due(&self, now: Instant, options: &KeeperOptions) -> bool {
         match self.state {
-            State::Vacant { since } | State::Failed { since } | State::Attaching { since, .. } => {
-                now >= since + options.abort_after
-            }
+            State::Returning { since } => now >= since + options.rejoin,
+            State::Vacant { since } | State::Attaching { since, .. } => now >= since + options.abort_after,
             State::Served { .. } | State::Aborting | State::Aborted | State::Vanished => false,
         }
     }
 
-    /// The message for a daemon that is to serve it, when nobody does.
-    pub(super) fn attach_to(&mut self, connection: u64) -> Option<ToDaemon> {
-        let State::Vacant { since } = self.state else { return None };
+    /// Chooses one of `daemons` (connections, in the order in which they are to be asked) when nobody serves this volume,
+    /// and gives the message for it. One that refused is asked after all others, after a pause.
+    pub(super) fn offer(&mut self, daemons: &[u64], now: Instant) -> Option<(u64, ToDaemon)> {
+        let (State::Vacant { since }, Some(means)) = (self.state, &self.means) else { return None };
+        if self.refusals.until.is_some_and(|until| now >= until) {
+            self.refusals.until = None;
+            self.refusals.by.clear();
+        }
+        let Some(connection) = daemons.iter().copied().find(|daemon| !self.refusals.by.contains(daemon)) else {
+            if !daemons.is_empty() && self.refusals.until.is_none() {
+                let pause = PAUSE_MIN.saturating_mul(1 << self.refusals.rounds.min(8)).min(PAUSE_MAX);
+                self.refusals.rounds += 1;
+                self.refusals.until = Some(now + pause);
+            }
+            return None;
+        };
         self.generation += 1;
-        self.state = State::Attaching { connection, sent: Instant::now(), since };
-        Some(ToDaemon::Attach {
+        self.state = State::Attaching { connection, sent: now, since };
+        let message = ToDaemon::Attach {
             volume: self.info.volume.clone(),
             generation: self.generation,
             // From the second attachment on: the first may have died after it took requests and before it said so.
             first: self.generation == 1,
-            init: self.init.clone(),
-            config: self.config.clone(),
-        })
+            init: means.init.clone(),
+            config: means.config.clone(),
+        };
+        Some((connection, message))
+    }
+
+    /// The message for a daemon that is to hold it; `None` while there is nothing to hold.
+    pub(super) fn prepare(&self) -> Option<ToDaemon> {
+        let Means { init, config, .. } = self.means.as_ref()?;
+        Some(ToDaemon::Prepare { volume: self.info.volume.clone(), init: init.clone(), config: config.clone() })
+    }
+
+    /// Takes back what a daemon holds; false when it is not needed.
+    pub(super) fn take_back(&mut self, means: Means) -> bool {
+        let State::Returning { since } = self.state else { return false };
+        self.means = Some(means);
+        self.state = State::Vacant { since };
+        // Somebody served it, who may have taken requests: the next one asks for them again.
+        self.generation = self.generation.max(1);
+        self.served = true;
+        true
+    }
+
+    /// A daemon says that it serves this volume since before this keeper began. False when another one does.
+    pub(super) fn resume(&mut self, connection: u64, generation: u64) -> bool {
+        match self.state {
+            State::Vacant { .. } => {
+                self.generation = self.generation.max(generation);
+                self.state = State::Served { connection };
+                true
+            }
+            State::Served { connection: by } | State::Attaching { connection: by, .. } => by == connection,
+            // Its end is known, or will be soon.
+            State::Returning { .. } | State::Aborting | State::Aborted | State::Vanished => true,
+        }
+    }
+
+    /// Whether it needs somebody who holds it.
+    pub(super) fn is_live(&self) -> bool {
+        match self.state {
+            State::Vacant { .. } | State::Attaching { .. } | State::Served { .. } => true,
+            State::Returning { .. } | State::Aborting | State::Aborted | State::Vanished => false,
+        }
     }
 
     /// A daemon says that it serves; `None` when it is not the one that was asked last.
@@ -135,6 +254,7 @@ impl Volume {
             return None;
         }
         self.state = State::Served { connection };
+        self.refusals = Refusals::default();
         let volume = self.info.volume.clone();
         if !self.served {
             self.served = true;
@@ -146,12 +266,13 @@ impl Volume {
         Some(Event::TakenOver { volume, pid, generation, millis: millis(took) })
     }
 
-    /// A daemon says that it can not; false when it was not asked.
+    /// A daemon says that it can not, and so does not read the descriptor; false when it was not asked.
     pub(super) fn failed(&mut self, connection: u64, generation: u64) -> bool {
         let State::Attaching { connection: asked, since, .. } = self.state else { return false };
         let asked = asked == connection && generation == self.generation;
         if asked {
-            self.state = State::Failed { since };
+            self.state = State::Vacant { since };
+            self.refusals.by.insert(connection);
         }
         asked
     }
@@ -171,10 +292,24 @@ impl Volume {
         }
     }
 
-    /// Another daemon is active: it is asked for what its predecessor could not do.
-    pub(super) fn forgive(&mut self) {
-        if let State::Failed { since } = self.state {
-            self.state = State::Vacant { since };
+    /// A daemon says how the volume is; true when it serves the volume and says something new.
+    pub(super) fn tell_health(&mut self, connection: u64, health: &Health) -> bool {
+        let news = self.state == State::Served { connection } && self.health.as_ref() != Some(health);
+        if news {
+            self.health = Some(health.clone());
+        }
+        news
+    }
+
+    /// What its daemon says, or that it has none. Over a take-over the last word counts.
+    fn health(&self, now: Instant) -> Option<Health> {
+        match self.state {
+            State::Returning { since } | State::Vacant { since } | State::Attaching { since, .. } => {
+                let vacant = now.duration_since(since);
+                if vacant > VACANT { Some(Health::no_daemon(vacant)) } else { self.health.clone() }
+            }
+            State::Served { .. } => self.health.clone(),
+            State::Aborting | State::Aborted | State::Vanished => Some(Health::ended()),
         }
     }
 
@@ -183,20 +318,17 @@ impl Volume {
         if matches!(self.state, State::Aborting | State::Aborted | State::Vanished) {
             return None;
         }
-        // Asked for nothing but errors, and not waiting: a waiting poll would be woken by every request.
-        let mut fds = [PollFd::new(&self.fuse, PollFlags::empty())];
-        let zero = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        let ended =
-            matches!(rustix::event::poll(&mut fds, Some(&zero)), Ok(1..)) && fds[0].revents().contains(PollFlags::ERR);
+        let ended = self.means.as_ref().is_some_and(Means::ended);
         if ended {
             self.state = State::Vanished;
         }
         ended.then(|| self.info.volume.clone())
     }
 
-    pub(super) fn status(&self, pid_of: impl Fn(u64) -> Option<i32>) -> VolumeStatus {
+    pub(super) fn status(&self, pid_of: impl Fn(u64) -> Option<i32>, holders: u64) -> VolumeStatus {
         let (state, connection) = match self.state {
-            State::Vacant { .. } | State::Failed { .. } => (VolumeState::Vacant, None),
+            State::Returning { .. } => (VolumeState::Returning, None),
+            State::Vacant { .. } => (VolumeState::Vacant, None),
             State::Attaching { connection, .. } => (VolumeState::Attaching, Some(connection)),
             State::Served { connection } => (VolumeState::Served, Some(connection)),
             State::Aborting | State::Aborted | State::Vanished => (VolumeState::Aborted, None),
@@ -209,10 +341,12 @@ impl Volume {
             takeovers: self.takeovers,
             last_takeover_millis: self.last_takeover.map(millis),
             late_resends: self.late_resends,
+            holders,
+            health: self.health(Instant::now()),
             waiting: None,
-            counters: self.counters.snapshot(),
-            nodes: self.nodes.stats(),
-            handles_high_water: self.opens.high_water(),
+            counters: self.means.as_ref().map_or_else(CounterSnapshot::default, |means| means.counters.snapshot()),
+            nodes: self.means.as_ref().map_or_else(NodeStats::default, |means| means.nodes.stats()),
+            handles_high_water: self.means.as_ref().map_or(0, |means| means.opens.high_water()),
         }
     }
 }

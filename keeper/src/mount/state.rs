@@ -1,4 +1,5 @@
-//! The record of what was mounted, so that a later keeper takes down the mounts of one that was killed, and no others.
+//! The record of what was mounted, so that a later keeper takes over or takes down the mounts of one that is gone, and no
+//! others. It is what decides: a daemon gives back descriptors, but where they are mounted is read here.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -9,10 +10,10 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use super::mountinfo::{self, Device};
-use super::{FUSE_KIND, MountMode, fusectl, teardown};
+use super::{FUSE_KIND, Loss, MountInfo, MountMode, fusectl, teardown};
 
-/// Version of the file.
-const VERSION: u32 = 1;
+/// Version of the file. Version 1 had no losses.
+const VERSION: u32 = 2;
 
 /// One mount.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,9 +22,20 @@ pub(crate) struct Record {
     pub(crate) volume: String,
     pub(crate) target: PathBuf,
     pub(crate) source: String,
-    /// Unknown until the mount was made.
+    /// Unknown until the mount was made and its INIT answered.
     pub(crate) device: Option<Device>,
     pub(crate) mode: MountMode,
+    #[serde(default)]
+    pub(crate) losses: Vec<Loss>,
+}
+
+impl Record {
+    /// `None` for one that was not made to the end.
+    fn info(&self) -> Option<MountInfo> {
+        let Self { volume, target, source: _, device, mode, losses } = self.clone();
+        let device = device?;
+        Some(MountInfo { volume, target, device, connection: device.connection(), mode, losses })
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -54,7 +66,7 @@ impl StateFile {
         let lock = lock(path)?;
         let mounts = match std::fs::read(path) {
             Ok(bytes) => match serde_json::from_slice::<Contents>(&bytes) {
-                Ok(Contents { version: VERSION, mounts }) => mounts,
+                Ok(Contents { version: 1..=VERSION, mounts }) => mounts,
                 Ok(Contents { version, .. }) => {
                     tracing::warn!(version, path = %path.display(), "mount record of another version is set aside");
                     set_aside(path)?
@@ -70,11 +82,30 @@ impl StateFile {
         Ok(Self { path: path.to_owned(), mounts, _lock: lock })
     }
 
-    /// Takes down every recorded mount that is still there. Nobody serves them: their keeper's lock is ours.
+    /// Takes down every recorded mount that is still there.
     pub(crate) fn clean(&mut self) -> io::Result<Vec<Cleaned>> {
+        Ok(self.sort_out(false)?.1)
+    }
+
+    /// What daemons may still hold: recorded mounts that were made to the end and are there. The others are taken down.
+    pub(crate) fn resume(&mut self) -> io::Result<(Vec<MountInfo>, Vec<Cleaned>)> {
+        self.sort_out(true)
+    }
+
+    /// No keeper has these mounts: its lock is ours.
+    fn sort_out(&mut self, resume: bool) -> io::Result<(Vec<MountInfo>, Vec<Cleaned>)> {
+        let mut returning = Vec::new();
         let mut cleaned = Vec::new();
         let mut left = Vec::new();
         for record in std::mem::take(&mut self.mounts) {
+            if resume
+                && let Some(info) = record.info()
+                && mountinfo::at(&record.target)?.is_some_and(|entry| is_of(&entry, &record))
+            {
+                returning.push(info);
+                left.push(record);
+                continue;
+            }
             let mut found = false;
             for entry in mountinfo::read()?.into_iter().filter(|entry| is_of(entry, &record)) {
                 found = true;
@@ -97,7 +128,7 @@ impl StateFile {
         }
         self.mounts = left;
         self.save()?;
-        Ok(cleaned)
+        Ok((returning, cleaned))
     }
 
     /// Records a mount, or replaces the record of the same target.
@@ -116,7 +147,11 @@ impl StateFile {
     /// Removes the files of a keeper that leaves nothing behind. With mounts left, they stay for the next one.
     pub(crate) fn finish(self) -> io::Result<()> {
         if self.mounts.is_empty() {
-            // In this order, and both under the lock: whoever gets it next sees neither or makes its own.
+            // In this order, and all under the lock: whoever gets it next sees neither or makes its own.
+            match std::fs::remove_file(succession_path(&self.path)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
             std::fs::remove_file(&self.path)?;
             std::fs::remove_file(lock_path(&self.path))?;
         }
@@ -137,6 +172,13 @@ impl StateFile {
         file.sync_all()?;
         std::fs::rename(&temporary, &self.path)
     }
+}
+
+/// Beside the record: which daemons have served.
+pub(crate) fn succession_path(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".daemons");
+    PathBuf::from(name)
 }
 
 fn lock_path(path: &Path) -> PathBuf {
@@ -188,7 +230,21 @@ mod tests {
             source: "forebay:v".to_owned(),
             device: Some(Device { major: 0, minor: 9 }),
             mode: MountMode::Kernel,
+            losses: Vec::new(),
         }
+    }
+
+    #[test]
+    fn the_format_changes_only_with_its_version() {
+        let loss = Loss::ReadAhead { kib: 128, reason: "no".to_owned() };
+        let contents = Contents { version: VERSION, mounts: vec![Record { losses: vec![loss], ..record("/a") }] };
+        let text = r#"{"version":2,"mounts":[{"volume":"v","target":"/a","source":"forebay:v","device":{"major":0,"minor":9},"mode":"kernel","losses":[{"what":"readAhead","kib":128,"reason":"no"}]}]}"#;
+        assert_eq!(serde_json::to_string(&contents).unwrap(), text);
+        let old = text
+            .replace("\"version\":2", "\"version\":1")
+            .replace(r#","losses":[{"what":"readAhead","kib":128,"reason":"no"}]"#, "");
+        let Contents { version: 1, mounts } = serde_json::from_str(&old).unwrap() else { panic!() };
+        assert_eq!(mounts, vec![record("/a")]);
     }
 
     #[test]

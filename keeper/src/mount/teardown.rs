@@ -24,6 +24,8 @@ pub enum TakenDown {
     Clean,
     /// It was in use until the end of the grace: taken out of the tree, and its connection aborted.
     Aborted,
+    /// It was in use until the end of the grace: taken out of the tree.
+    Detached,
     /// It was not there.
     Absent,
 }
@@ -31,18 +33,7 @@ pub enum TakenDown {
 /// Unmounts, trying for `grace` while it is in use; after that takes it out of the tree and aborts the connection.
 pub(crate) fn unmount(target: &Path, device: Device, mode: MountMode, grace: Duration) -> io::Result<TakenDown> {
     let end = Instant::now() + grace;
-    let mut present = false;
-    while is_mounted(target, device)? {
-        present = true;
-        match plain(target, mode) {
-            Ok(()) => continue,
-            Err(error) if Instant::now() >= end => {
-                tracing::info!(target = %target.display(), %error, "mount is in use after its grace");
-                break;
-            }
-            Err(_) => std::thread::sleep(RETRY.min(end.saturating_duration_since(Instant::now()))),
-        }
-    }
+    let present = until_busy(target, device, mode, end)?;
     if !is_mounted(target, device)? {
         // Gone from here; bind mounts and other namespaces may still use it.
         while fusectl::exists(device) == Some(true) && Instant::now() < end {
@@ -58,6 +49,33 @@ pub(crate) fn unmount(target: &Path, device: Device, mode: MountMode, grace: Dur
     let aborted = fusectl::abort(device, target);
     detach(target, device, mode)?;
     aborted.map(|()| TakenDown::Aborted)
+}
+
+/// Unmounts this one mount, by mount(2)'s counterpart, and lets the connection be.
+pub(crate) fn remove(target: &Path, device: Device, grace: Duration) -> io::Result<TakenDown> {
+    let present = until_busy(target, device, MountMode::Kernel, Instant::now() + grace)?;
+    if is_mounted(target, device)? {
+        detach(target, device, MountMode::Kernel)?;
+        return Ok(TakenDown::Detached);
+    }
+    Ok(if present { TakenDown::Clean } else { TakenDown::Absent })
+}
+
+/// Unmounts, again and again until it is done or `end` has passed. Whether there was anything.
+fn until_busy(target: &Path, device: Device, mode: MountMode, end: Instant) -> io::Result<bool> {
+    let mut present = false;
+    while is_mounted(target, device)? {
+        present = true;
+        match plain(target, mode) {
+            Ok(()) => continue,
+            Err(error) if Instant::now() >= end => {
+                tracing::info!(target = %target.display(), %error, "mount is in use after its grace");
+                break;
+            }
+            Err(_) => std::thread::sleep(RETRY.min(end.saturating_duration_since(Instant::now()))),
+        }
+    }
+    Ok(present)
 }
 
 /// Takes a mount out of the tree at once, whoever uses it. Only if it is the one of that device number.

@@ -142,7 +142,7 @@ impl Counters {
 }
 
 /// Values of all counters. Serialises as a map from name to value.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CounterSnapshot(Vec<u64>);
 
 impl CounterSnapshot {

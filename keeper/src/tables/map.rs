@@ -17,6 +17,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 
+/// `include/uapi/linux/magic.h`.
+const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
 /// Page size that offsets of regions are rounded to.
 pub(super) const PAGE: u64 = 4096;
 
@@ -40,11 +42,15 @@ impl Map {
         Self::over(fd, len)
     }
 
-    /// Maps a file that another process created. Refused unless it is sealed against shrinking: a shorter file would
-    /// turn an access into SIGBUS.
+    /// Maps a file that another process created. Refused unless it is sealed against shrinking, and of ordinary pages: a
+    /// shorter file, or huge pages that ran out, would turn an access into SIGBUS.
     pub(super) fn attach(fd: OwnedFd) -> io::Result<Self> {
+        // First: only files in memory have seals, so nothing that is asked below can wait for anybody.
         if !rustix::fs::fcntl_get_seals(&fd)?.contains(SealFlags::SHRINK) {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the table is not sealed against shrinking"));
+        }
+        if rustix::fs::fstatfs(&fd)?.f_type != TMPFS_MAGIC {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the table is not of ordinary pages"));
         }
         let len = u64::try_from(rustix::fs::fstat(&fd)?.st_size).unwrap_or(0);
         if len < PAGE {

@@ -145,8 +145,9 @@ impl OpenTable {
         Ok(Self { map, slots, state: Mutex::default() })
     }
 
-    /// A table that another process created; reads every slot that was ever used.
-    pub fn attach(fd: OwnedFd) -> Result<Self, AttachError> {
+    /// A table that another process created, to be held and handed over: as it was just created, it only knows how many
+    /// slots were used. Whoever serves it must [`attach`](Self::attach).
+    pub fn observe(fd: OwnedFd) -> Result<Self, AttachError> {
         let map = Map::attach(fd)?;
         if map.word(H_MAGIC).load(Acquire) != MAGIC {
             return Err(AttachError::Header("opens: magic or version"));
@@ -155,7 +156,13 @@ impl OpenTable {
         if !(1..=1 << SLOT_BITS).contains(&slots) || total_len(slots) != map.len() || high > slots {
             return Err(AttachError::Header("opens: bounds"));
         }
-        let table = Self { map, slots, state: Mutex::default() };
+        Ok(Self { map, slots, state: Mutex::default() })
+    }
+
+    /// A table that another process created; reads every slot that was ever used.
+    pub fn attach(fd: OwnedFd) -> Result<Self, AttachError> {
+        let table = Self::observe(fd)?;
+        let high = table.map.word(H_HIGH).load(Acquire).min(table.slots);
         {
             let mut state = table.state.lock();
             for index in (0..high as u32).rev() {

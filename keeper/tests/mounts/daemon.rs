@@ -28,7 +28,37 @@ pub(crate) const SOCKET: &str = "FOREBAY_TEST_DAEMON";
 pub(crate) struct Config {
     pub(crate) read_delay_ms: u64,
     pub(crate) attach_delay_ms: u64,
-    pub(crate) refuse: bool,
+    pub(crate) refuse: Refuse,
+}
+
+/// Which attachments a daemon refuses.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Refuse {
+    #[default]
+    Never,
+    Always,
+    /// The first so many of a volume.
+    Times(u32),
+    /// All, in one process: the first that is asked.
+    OneProcess,
+}
+
+impl Refuse {
+    fn refuses(self, generation: u64) -> bool {
+        match self {
+            Self::Never => false,
+            Self::Always => true,
+            Self::Times(times) => generation <= u64::from(times),
+            Self::OneProcess => {
+                let mark = PathBuf::from(std::env::var_os(SOCKET).unwrap()).with_file_name("refuser");
+                let own = std::process::id().to_string();
+                match std::fs::File::create_new(&mark) {
+                    Ok(mut file) => std::io::Write::write_all(&mut file, own.as_bytes()).is_ok(),
+                    Err(_) => std::fs::read_to_string(&mark).unwrap() == own,
+                }
+            }
+        }
+    }
 }
 
 /// Contents of every file: words by a mixing function of their position.
@@ -74,24 +104,24 @@ pub(crate) fn run(socket: PathBuf) {
     .unwrap();
     loop {
         match link.next_message(None) {
-            Ok(Some(Message::Attach(attach))) => {
+            Some(Message::Attach(attach)) => {
                 let (volume, generation) = (attach.volume.clone(), attach.generation);
                 match serve(attach) {
-                    Ok(()) => link.sender().attached(&volume, generation).unwrap(),
-                    Err(error) => link.sender().attach_failed(&volume, generation, &error).unwrap(),
+                    Ok(()) => link.attached(&volume, generation),
+                    Err(error) => link.attach_failed(&volume, generation, &error),
                 }
             }
-            Ok(Some(Message::Role(_) | Message::Prepare { .. } | Message::Detach { .. }) | None) => {}
-            Ok(Some(Message::Stop)) | Err(_) => std::process::exit(0),
+            Some(Message::Role(_) | Message::Prepare { .. } | Message::Detach { .. }) | None => {}
+            Some(Message::Stop | Message::Go) => std::process::exit(0),
         }
     }
 }
 
 /// The attach recipe: the handshake runs on a socket pair, then the real descriptor takes the session's number.
 fn serve(attach: Attach) -> Result<(), String> {
-    let Attach { first, fuse, init, config, tables, .. } = attach;
+    let Attach { generation, first, fuse, init, config, tables, .. } = attach;
     let config: Config = serde_json::from_slice(&config).unwrap();
-    if config.refuse {
+    if config.refuse.refuses(generation) {
         return Err("refused as told".to_owned());
     }
     let tables = Arc::new(tables.open().unwrap());

@@ -160,7 +160,7 @@ impl Drop for Rig {
 }
 
 /// Keeps as many daemons alive as there should be. Children of this thread die with it.
-fn supervise(socket: &Path, daemons: &AtomicUsize, stop: &AtomicBool) {
+pub(crate) fn supervise(socket: &Path, daemons: &AtomicUsize, stop: &AtomicBool) {
     let mut children: Vec<Child> = Vec::new();
     while !stop.load(Ordering::Relaxed) {
         children.retain_mut(|child| child.try_wait().unwrap().is_none());

@@ -8,7 +8,7 @@ use std::{
 
 use redb::{Database, DatabaseError, StorageError};
 
-use super::{DATASETS, DIRECTORIES, ENTRIES, GARBAGE, META, read_u64};
+use super::{DATASETS, DIRECTORIES, ENTRIES, GARBAGE, META, SOURCES, read_u64};
 use crate::{error::IndexError, record::FORMAT};
 
 pub(super) const FORMAT_KEY: &[u8] = b"format";
@@ -72,7 +72,7 @@ fn prepare(database: &Database) -> Result<(), IndexError> {
                 meta.insert(FORMAT_KEY, FORMAT.to_le_bytes().as_slice())?;
             }
         }
-        for table in [DATASETS, DIRECTORIES, ENTRIES, GARBAGE] {
+        for table in [DATASETS, SOURCES, DIRECTORIES, ENTRIES, GARBAGE] {
             txn.open_table(table)?;
         }
     }

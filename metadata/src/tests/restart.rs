@@ -2,8 +2,8 @@
 
 use std::{fs, time::Duration};
 
-use super::{Fixture, id, namespace, path};
-use crate::{DatasetIndex, DatasetOptions, MetadataError, memory_store::Fault};
+use super::{Fixture, id, namespace, path, sources};
+use crate::{DatasetIndex, MetadataError, memory_store::Fault};
 
 async fn filled() -> Fixture {
     let f = Fixture::new().await;
@@ -86,8 +86,8 @@ async fn other_sources_forget_the_listings() {
     let f = filled().await;
     assert_eq!(f.raise().await, 1);
     f.dataset.close().await;
-    let options = DatasetOptions { fingerprint: 7, ..f.options.clone() };
-    let dataset = DatasetIndex::open(f.index.clone(), id(), namespace(&f.store), options).await.unwrap();
+    let others = sources(&[("/", &f.store, 7)]);
+    let dataset = DatasetIndex::open(f.index.clone(), id(), others, f.options.clone()).await.unwrap();
     assert_eq!(dataset.generation(), 1);
     let lists = f.store.listed("");
     dataset.lookup(0, &path("/"), b"a").await.unwrap();

@@ -101,7 +101,7 @@ impl Body {
             let name = self.inner.transport.name(&self.key);
             let Range { start, end } = self.rest;
             let failure = Failure::passing(format!("{name}: at {start} of {start}..{end}: {why}"));
-            self.inner.transport.requests.failed(&failure);
+            self.inner.transport.requests.failed(Verb::Get, &failure);
             self.patience.pause(failure).await?;
         }
         Ok(None)
@@ -129,7 +129,7 @@ impl Body {
         let (name, value) = self.condition.clone();
         let call = Call::object(Verb::Get, &self.key).header(header::RANGE, range).header(name, value);
         let response = transport.call(&mut self.patience, call).await?;
-        self.check(&response).inspect_err(|failure| transport.requests.failed(failure))?;
+        self.check(&response).inspect_err(|failure| transport.requests.failed(Verb::Get, failure))?;
         Ok(Connection { stream: response.into_body().bytes_stream(), received: 0, _grant: grant })
     }
 

@@ -268,6 +268,46 @@ async fn lasting_errors_end_by_the_deadline() {
 }
 
 #[tokio::test]
+async fn what_is_wrong_with_a_source_is_told_apart_and_soon() {
+    let fixture = InProcess::start("").await;
+    let (endpoint, id, secret) = (fixture.server.endpoint(), fixture.server.access_key(), fixture.server.secret_key());
+    let kind = |error: StoreError| format!("{error:?}").split('(').next().unwrap().to_owned();
+    let told = async |spec: SourceSpec| {
+        let store = crate::open(&spec, &hasty()).unwrap();
+        let checking = store.clone();
+        let check = tokio::spawn(async move { checking.check().await });
+        let start = Instant::now();
+        while store.problem().is_none() && start.elapsed() < Duration::from_secs(3) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        check.abort();
+        store.problem().map(kind)
+    };
+    assert_eq!(told(spec(&endpoint, id, "wrong", "")).await.as_deref(), Some("PermissionDenied"));
+    assert_eq!(told(spec(&endpoint, "NOBODY", secret, "")).await.as_deref(), Some("PermissionDenied"));
+    let elsewhere = SourceSpec { uri: "s3://missing/p/".to_owned(), ..spec(&endpoint, id, secret, "") };
+    assert_eq!(told(elsewhere).await.as_deref(), Some("NotFound"));
+    // Nobody listens there, nobody has that name, and that is no S3 store.
+    assert_eq!(told(spec("http://127.0.0.1:1", id, secret, "")).await.as_deref(), Some("Unavailable"));
+    assert_eq!(told(spec("http://nowhere.invalid", id, secret, "")).await.as_deref(), Some("Unavailable"));
+    fixture.server.faults().add(Fault::new(Action::Header("content-length", "0".to_owned())).on(On::List));
+    assert_eq!(told(spec(&endpoint, id, secret, "")).await.as_deref(), Some("Unavailable"));
+    fixture.server.faults().clear();
+    assert_eq!(told(spec(&endpoint, id, secret, "no/such/prefix/")).await, None, "a prefix without keys is empty");
+
+    let store = fixture.open(&hasty());
+    let fault = fixture.server.faults().add(Fault::new(Action::Status(503)));
+    let checking = store.clone();
+    let check = tokio::spawn(async move { checking.check().await });
+    while store.problem().is_none() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    fixture.server.faults().remove(fault);
+    check.await.unwrap().unwrap();
+    assert!(store.problem().is_none());
+}
+
+#[tokio::test]
 async fn the_store_says_when_to_come_back() {
     let (result, _, taken) = read_with(&[Fault::new(Action::RetryAfter(503, 1)).times(1)], &hasty()).await;
     result.unwrap();

@@ -31,6 +31,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_ERROR: usize = 64 << 10;
 /// Of what a server writes into messages of ours.
 const MAX_MESSAGE: usize = 300;
+/// <https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html>
+const NO_SUCH_BUCKET: &str = "NoSuchBucket";
 
 /// The way to one bucket.
 pub(crate) struct Transport {
@@ -190,10 +192,11 @@ impl Transport {
         let is_head = method == Method::HEAD;
         let silent = |what: &str| Failure::passing(format!("{name}: {what} in time"));
         let credential = match patience.wait(self.progress_timeout, self.credentials.get_credential()).await {
-            Some(Ok(credential)) => credential,
-            Some(Err(error)) => return Err(of_credentials(&name, &error)),
-            None => return Err(silent("no credentials")),
+            Some(Ok(credential)) => Ok(credential),
+            Some(Err(error)) => Err(of_credentials(&name, &error)),
+            None => Err(silent("no credentials")),
         };
+        let credential = credential.inspect_err(|failure| self.requests.failed(verb, failure))?;
         let request = http::Request::builder().method(method).uri(format!("{}{target}", self.base)).body(body);
         let bad_request = |why: &dyn std::fmt::Display| Failure::fatal(StoreError::Invalid(format!("{name}: {why}")));
         let mut request = request.map_err(|error| bad_request(&error))?;
@@ -207,9 +210,10 @@ impl Transport {
         signed.map_err(|error| bad_request(&error))?;
         self.requests.sent(verb);
         let answer = patience.wait(self.progress_timeout, self.client.execute(request)).await;
+        let mut no_bucket = false;
         let failure = match answer {
             Some(Ok(response)) if response.status().is_success() => {
-                self.requests.answered();
+                self.requests.answered(verb);
                 return Ok(response);
             }
             Some(Ok(response)) => {
@@ -220,17 +224,23 @@ impl Transport {
                     true => ErrorDocument::default(),
                     false => self.error_document(patience, response).await,
                 };
+                // A prefix without keys is an empty listing.
+                no_bucket = status == StatusCode::NOT_FOUND && (verb == Verb::List || document.code == NO_SUCH_BUCKET);
                 of_status(&format!("{name}{region}"), status, &document, retry_after)
             }
             // Refused, reset, broken, not HTTP, a bad certificate: all of that passes when somebody mends the store.
             Some(Err(error)) => Failure::passing(format!("{name}: {}", chain(&error))),
             None => silent("no answer"),
         };
-        self.requests.failed(&failure);
+        if no_bucket {
+            self.requests.broken(verb, &failure);
+        } else {
+            self.requests.failed(verb, &failure);
+        }
         Err(failure)
     }
 
-    /// The body of an answer, at most `most` bytes.
+    /// The body of an answer to a listing, at most `most` bytes.
     pub(crate) async fn text(
         &self,
         patience: &mut Patience,
@@ -252,7 +262,7 @@ impl Transport {
             }
         };
         let failure = Failure::passing(format!("{}: {why}", self.name("")));
-        self.requests.failed(&failure);
+        self.requests.failed(Verb::List, &failure);
         Err(failure)
     }
 

@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use forebay_client::{Client, ClientConfig, DatasetClient, FileReader};
+use forebay_client::{Client, ClientConfig, DatasetClient, FileReader, MemoryBudget};
 use forebay_protocol::{
     BLOCK_SIZE, ChunkKey, DatasetId, DatasetPath, FileIdentity, FileVersion, VersionKey,
     handshake::RuntimeKey,
@@ -79,7 +79,7 @@ pub(crate) fn config(key: &RuntimeKey) -> ClientConfig {
     ClientConfig {
         name: "test".into(),
         key: key.clone(),
-        budget: 64 << 20,
+        memory: MemoryBudget::new(64 << 20),
         deadline: Duration::from_secs(10),
         max_read_ahead: 32 * MIB,
         connections_per_worker: 2,

@@ -42,6 +42,9 @@ pub(crate) struct Names {
     pub(crate) hangs: watch::Sender<bool>,
     pub(crate) calls: AtomicUsize,
     pub(crate) seen_generation: AtomicU64,
+    /// What Status and Table answer.
+    pub(crate) status: Mutex<worker::StatusResponse>,
+    pub(crate) table: Mutex<worker::TableResponse>,
     log: watch::Sender<Log>,
     pub(crate) watchers: AtomicUsize,
 }
@@ -231,8 +234,17 @@ impl Control for Names {
     type PinStream = Progress<worker::LoadProgress>;
     type RefreshStream = Progress<worker::ScanProgress>;
 
-    async fn status(&self, _: Request<worker::StatusRequest>) -> Answer<worker::StatusResponse> {
-        Ok(Response::new(worker::StatusResponse { worker: "fake".into(), ..Default::default() }))
+    async fn status(&self, request: Request<worker::StatusRequest>) -> Answer<worker::StatusResponse> {
+        let wanted = request.into_inner().dataset;
+        let status = self.status.lock().clone();
+        if !wanted.is_empty() && !status.datasets.iter().any(|dataset| dataset.dataset == wanted) {
+            return Err(Status::not_found("no such dataset"));
+        }
+        Ok(Response::new(status))
+    }
+
+    async fn table(&self, _: Request<worker::TableRequest>) -> Answer<worker::TableResponse> {
+        Ok(Response::new(self.table.lock().clone()))
     }
 
     async fn inspect(&self, request: Request<worker::InspectRequest>) -> Answer<worker::InspectResponse> {

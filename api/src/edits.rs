@@ -1,0 +1,132 @@
+//! What can be edited of an object that exists, and what that does: the table of docs/api.md, field by field.
+//!
+//! A test holds it against the schemas: each field is in it once, and those that are refused have a rule that says so.
+
+/// A field of a spec and what its edit does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Edit {
+    /// Kind of the object.
+    pub kind: &'static str,
+    /// Path of the field; `[]` stands for every item of a list.
+    pub field: &'static str,
+    /// What an edit does; `None`: the API server refuses it.
+    pub effect: Option<&'static str>,
+}
+
+const fn takes(kind: &'static str, field: &'static str, effect: &'static str) -> Edit {
+    Edit { kind, field, effect: Some(effect) }
+}
+
+const fn refused(kind: &'static str, field: &'static str) -> Edit {
+    Edit { kind, field, effect: None }
+}
+
+const RUNTIME: &str = "CacheRuntime";
+const DATASET: &str = "Dataset";
+/// What a change of the workers' pods does.
+const REPLACED: &str = "Workers are replaced, one after another; those on an emptyDir begin with empty caches.";
+
+/// Every field of the specs.
+pub const EDITS: &[Edit] = &[
+    takes(
+        RUNTIME,
+        "spec.replicas",
+        "Workers come or go. One that goes serves until its end; no data is moved, the new owner of a chunk fetches it \
+         from the old one when it is read.",
+    ),
+    refused(RUNTIME, "spec.tiers[].name"),
+    takes(RUNTIME, "spec.tiers[].medium", REPLACED),
+    takes(RUNTIME, "spec.tiers[].capacity", REPLACED),
+    takes(
+        RUNTIME,
+        "spec.tiers[].volume.emptyDir",
+        "Workers are replaced, one after another, and begin with empty caches.",
+    ),
+    takes(
+        RUNTIME,
+        "spec.tiers[].volume.hostPath.path",
+        "Workers are replaced, one after another, and use what they find in the new directory; the old one is left as it is.",
+    ),
+    takes(RUNTIME, "spec.tiers[].watermarks.highPercent", REPLACED),
+    takes(RUNTIME, "spec.tiers[].watermarks.lowPercent", REPLACED),
+    takes(RUNTIME, "spec.template.metadata.labels", REPLACED),
+    takes(RUNTIME, "spec.template.metadata.annotations", REPLACED),
+    takes(RUNTIME, "spec.template.spec.nodeSelector", REPLACED),
+    takes(RUNTIME, "spec.template.spec.tolerations", REPLACED),
+    takes(RUNTIME, "spec.template.spec.affinity", REPLACED),
+    takes(RUNTIME, "spec.template.spec.resources.requests", REPLACED),
+    takes(RUNTIME, "spec.template.spec.resources.limits", REPLACED),
+    takes(
+        RUNTIME,
+        "spec.template.spec.serviceAccountName",
+        "Workers are replaced, one after another, and are the new ServiceAccount, which gets the rights that workers need.",
+    ),
+    takes(RUNTIME, "spec.template.spec.priorityClassName", REPLACED),
+    refused(DATASET, "spec.runtimeRef.name"),
+    takes(
+        DATASET,
+        "spec.sources[].path",
+        "Live: the directory appears at its new place and is gone from the old one; open files stay.",
+    ),
+    takes(DATASET, "spec.sources[].uri", "Live: files are those of the new place; open files keep their content."),
+    takes(DATASET, "spec.sources[].secretRef.name", "Live: the next request to the source uses it."),
+    takes(DATASET, "spec.sources[].s3.endpoint", "Live: the next request to the source goes there."),
+    takes(DATASET, "spec.sources[].s3.region", "Live: the next request to the source is signed for it."),
+    takes(DATASET, "spec.sources[].s3.addressing", "Live: the next request to the source is written like this."),
+    takes(DATASET, "spec.cache.policy", "There is only one."),
+    takes(
+        DATASET,
+        "spec.cache.quota",
+        "Live: more is stored, or what is above the new quota is dropped from the workers' disks.",
+    ),
+];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use serde_json::Value;
+
+    use super::*;
+    use crate::crds;
+
+    /// Fields without fields of their own, and whether a rule there or above refuses their change.
+    fn leaves(path: &str, schema: &Value, refused: bool, found: &mut BTreeMap<String, bool>) {
+        let rules = schema["x-kubernetes-validations"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let here = |rule: &Value| rule["rule"].as_str().is_some_and(|rule| rule.contains("oldSelf"));
+        // The rule of a list by name speaks of the names.
+        let names = rules.iter().any(|rule| here(rule) && schema["type"] == "array");
+        let refused = refused || rules.iter().any(|rule| here(rule) && schema["type"] != "array");
+        if let Some(properties) = schema["properties"].as_object().filter(|_| !path.ends_with(".affinity")) {
+            if properties.is_empty() {
+                found.insert(path.to_owned(), refused);
+            }
+            for (name, property) in properties {
+                leaves(&format!("{path}.{name}"), property, refused, found);
+            }
+        } else if schema["items"]["properties"].is_object() && !path.ends_with(".tolerations") {
+            leaves(&format!("{path}[]"), &schema["items"], refused, found);
+            if names {
+                found.insert(format!("{path}[].name"), true);
+            }
+        } else {
+            found.insert(path.to_owned(), refused);
+        }
+    }
+
+    #[test]
+    fn every_field_is_in_the_table_and_what_is_refused_has_a_rule() {
+        for crd in crds() {
+            let kind = crd.spec.names.kind.as_str();
+            let schema = serde_json::to_value(&crd.spec.versions[0].schema).unwrap();
+            let mut fields = BTreeMap::new();
+            leaves("spec", &schema["openAPIV3Schema"]["properties"]["spec"], false, &mut fields);
+            let table: BTreeMap<String, bool> = EDITS
+                .iter()
+                .filter(|edit| edit.kind == kind)
+                .map(|edit| (edit.field.to_owned(), edit.effect.is_none()))
+                .collect();
+            assert_eq!(fields, table, "{kind}");
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! A Dataset that is to go: claim, volume, bytes on workers, finalizer, in this order.
+//!
+//! Each step is taken as often as it is looked at, until its result is seen in the cluster. Nothing here needs the
+//! CacheRuntime, or workers that answer.
+
+use std::time::{Duration, Instant};
+
+use forebay_api::{Dataset, DatasetStatus};
+use k8s_openapi::{
+    api::core::v1::{PersistentVolume, Pod},
+    jiff::Timestamp,
+};
+use kube::{Api, ResourceExt, api::ListParams, core::PartialObjectMeta, runtime::controller::Action};
+use tracing::{info, warn};
+
+use super::{DatasetError, apply::claims, dereference::Found, doing, finalizer, status, validate::volume_name};
+use crate::{
+    apply::delete,
+    conditions::{self, Finding, PROGRESSING, READY},
+    context::{CallError, Context, within},
+    labels::Owner,
+};
+
+/// How often it is looked whether a step had its effect; changes of the claim and the volume are also told.
+const LOOK: Duration = Duration::from_secs(1);
+/// How often the pods that use a claim are listed.
+const LIST: Duration = Duration::from_secs(15);
+/// How long workers may take to forget a Dataset. One that is away forgets it when it is back.
+const FORGET: Duration = Duration::from_secs(60);
+/// Most pods that are listed in search of those that use a claim, and most that are named.
+const PODS: (u32, usize) = (500, 5);
+
+/// Takes the next step.
+pub async fn step(context: &Context, dataset: &Dataset, owner: &Owner, found: &Found) -> Result<Action, DatasetError> {
+    if !finalizer::is_set(dataset) {
+        return Ok(Action::await_change());
+    }
+    let claims = claims(context, &owner.namespace);
+    let claim = within(claims.get_opt(&owner.name)).await.map_err(doing("reading the claim"))?;
+    if let Some(claim) = claim.filter(|claim| owner.owns(&claim.metadata)) {
+        if claim.metadata.deletion_timestamp.is_none() {
+            delete(&claims, &claim.metadata).await.map_err(doing("deleting the claim"))?;
+        }
+        let message = waiting_for_claim(context, owner).await;
+        if let Some(message) = message {
+            say(context, dataset, message, true).await?;
+        }
+        return Ok(Action::requeue(LOOK));
+    }
+
+    let volumes: Api<PartialObjectMeta<PersistentVolume>> = Api::all(context.client.clone());
+    let name = volume_name(&owner.uid);
+    if let Some(volume) = within(volumes.get_opt(&name)).await.map_err(doing("reading the volume"))? {
+        if volume.metadata.deletion_timestamp.is_none() {
+            delete(&volumes, &volume.metadata).await.map_err(doing("deleting the volume"))?;
+        }
+        say(context, dataset, format!("waiting for PersistentVolume {name} to go"), true).await?;
+        return Ok(Action::requeue(LOOK));
+    }
+
+    // Workers forget it when it has no claim any more.
+    if dataset.status.as_ref().is_some_and(|status| status.claim_name.is_some()) {
+        say(context, dataset, "waiting for workers to forget its bytes".into(), false).await?;
+        return Ok(Action::requeue(LOOK));
+    }
+    if remembers(found) {
+        let began = context.remember(&owner.uid, |memory| *memory.forgetting.get_or_insert_with(Instant::now));
+        if began.elapsed() < FORGET {
+            return Ok(Action::requeue(LOOK));
+        }
+        warn!(namespace = %owner.namespace, name = %owner.name, "workers did not forget a Dataset in time");
+    }
+    match finalizer::remove(context, dataset).await {
+        Ok(()) => info!(namespace = %owner.namespace, name = %owner.name, "deleted a Dataset"),
+        Err(error) if error.is(404) => {}
+        Err(source) => return Err(doing("removing the finalizer")(source)),
+    }
+    Ok(Action::await_change())
+}
+
+/// Whether a worker that answers still has it, or has not been asked.
+fn remembers(found: &Found) -> bool {
+    let has_workers = found.runtime.as_ref().is_some_and(|runtime| {
+        let table = runtime.status.as_ref().and_then(|status| status.table.as_ref());
+        table.is_some_and(|table| !table.members.is_empty())
+    });
+    match &found.seen {
+        Some(_) => found.dataset.as_ref().is_some_and(|dataset| dataset.is_held),
+        None => has_workers,
+    }
+}
+
+/// What keeps the claim; `None`: nothing new since it was last said.
+async fn waiting_for_claim(context: &Context, owner: &Owner) -> Option<String> {
+    let now = Instant::now();
+    let due = context.remember(&owner.uid, |memory| {
+        let due = memory.listed.is_none_or(|listed| now.duration_since(listed) >= LIST);
+        memory.listed = if due { Some(now) } else { memory.listed };
+        due
+    });
+    if !due {
+        return None;
+    }
+    let users = match users(context, owner).await {
+        Ok(users) => users,
+        Err(error) => {
+            warn!(namespace = %owner.namespace, %error, "pods could not be listed");
+            Vec::new()
+        }
+    };
+    Some(match users.as_slice() {
+        [] => format!("waiting for PersistentVolumeClaim {} to go", owner.name),
+        users => {
+            let named = users.iter().take(PODS.1).map(String::as_str).collect::<Vec<_>>().join(", ");
+            let more = if users.len() > PODS.1 { " and others" } else { "" };
+            format!("PersistentVolumeClaim {} is in use by pods {named}{more}", owner.name)
+        }
+    })
+}
+
+/// Pods that use the claim and have not ended.
+async fn users(context: &Context, owner: &Owner) -> Result<Vec<String>, CallError> {
+    let api: Api<Pod> = Api::namespaced(context.client.clone(), &owner.namespace);
+    let params = ListParams::default().limit(PODS.0).fields("status.phase!=Succeeded,status.phase!=Failed");
+    let pods = within(api.list(&params)).await?;
+    let uses = |pod: &&Pod| {
+        pod.spec
+            .iter()
+            .flat_map(|spec| spec.volumes.iter().flatten())
+            .any(|volume| volume.persistent_volume_claim.as_ref().is_some_and(|claim| claim.claim_name == owner.name))
+    };
+    Ok(pods.items.iter().filter(uses).map(ResourceExt::name_any).collect())
+}
+
+/// Says what is waited for, if that is new. `claim`: whether there is still something to mount.
+async fn say(context: &Context, dataset: &Dataset, message: String, claim: bool) -> Result<(), DatasetError> {
+    let before = dataset.status.clone().unwrap_or_default();
+    let findings =
+        [Finding::new(READY, false, "Deleting", &message), Finding::new(PROGRESSING, true, "Deleting", &message)];
+    let generation = dataset.metadata.generation;
+    let urgent = findings.iter().any(|finding| finding.is_urgent(&before.conditions, generation));
+    if !urgent && claim == before.claim_name.is_some() {
+        return Ok(());
+    }
+    let mut merged = conditions::merge(&before.conditions, &findings, generation, Timestamp::now());
+    merged.extend(conditions::get(&before.conditions, conditions::DEGRADED).cloned());
+    let after = DatasetStatus {
+        observed_generation: generation,
+        conditions: merged,
+        claim_name: before.claim_name.clone().filter(|_| claim),
+        ..before.clone()
+    };
+    status::write(context, dataset, after, &before, &findings).await.map_err(doing("writing the status"))
+}
