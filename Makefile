@@ -3,10 +3,10 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: help demo build test lint generate fuzz nightly deps clean
+.PHONY: help demo build test lint generate fuzz e2e cluster cluster-down nightly deps clean
 
 help: ## This list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 demo: deps ## Serve a data set from an embedded S3 store through workers and a FUSE mount; kill things; print a table
 	cargo build --release --package forebay --package forebay-demo
@@ -28,12 +28,23 @@ generate: ## What is generated from the code: crds/, docs/api.md, docs/metrics.m
 fuzz: ## Every decoder of bytes from outside, SECONDS_EACH=60
 	scripts/fuzz.sh $${SECONDS_EACH:-60}
 
-nightly: deps ## The long forms: 1,000 kills, five minutes of fuzzing for each decoder
+e2e: ## The tests on a real Kubernetes: one that is built and started here, or that of KUBECONFIG. TESTS=words chooses
+	e2e/run.sh $(TESTS)
+
+cluster: ## A Kubernetes of two nodes on this machine with Forebay and the quickstart in it, to play with
+	e2e/play.sh
+
+cluster-down: ## Removes it
+	e2e/cluster.sh down
+
+nightly: deps ## The long forms: 1,000 kills, five minutes of fuzzing for each decoder, 20 rounds of unkillable pods
 	FOREBAY_LONG=1 FOREBAY_VERSITYGW="$$(scripts/versitygw.sh)" cargo test --workspace
+	FOREBAY_LONG=1 e2e/run.sh
 	scripts/fuzz.sh 300
 
 deps: ## What the tests need from the system's packages
 	@scripts/deps.sh
 
 clean: ## Everything that was built
+	@if [ -d target/e2e/cluster ]; then e2e/cluster.sh down; fi
 	cargo clean

@@ -4,7 +4,8 @@
 #   images.sh load NAME...    the same, and imports it into the nodes that are on (ON="2": only into node 2)
 # Names: forebay forebay-operator forebay-csi (from the Dockerfile of the repository, with binaries that cargo built here),
 # trainer trainer-torch (what tests read with), pause coredns (what the cluster itself needs).
-# A pod names them forebay.io/forebay:e2e and so on; those of the tests forebay.io/e2e/NAME:1.
+# A pod names them forebay.io/forebay:e2e and so on; those of the tests forebay.io/e2e/NAME:1. trainer-torch and trainer also
+# go by the names that the examples use, because nothing can be pulled here.
 # PROFILE: which build of the binaries is packed, dev (default: what the tests build as well) or release.
 set -euo pipefail
 . "$(dirname "$0")/cluster/env.sh"
@@ -23,6 +24,14 @@ tag() {
   case $1 in
     forebay | forebay-operator | forebay-csi) echo "forebay.io/$1:e2e" ;;
     *) echo "forebay.io/e2e/$1:1" ;;
+  esac
+}
+
+# The name of an image in examples/, for which it stands.
+alias_of() {
+  case $1 in
+    trainer-torch) sed -n 's/^ *image: \(pytorch\/.*\)$/docker.io\/\1/p' "$repository/examples/training.yaml" ;;
+    trainer) echo docker.io/library/debian:12-slim ;;
   esac
 }
 
@@ -119,6 +128,9 @@ case $verb in
         # the digest of what this node got last
         [ "$(cat "$d/$name.stamp" 2>/dev/null)" = "$(cat "$images/$name.stamp")" ] && continue
         "$here/on.sh" "$n" ctr -n k8s.io images import "/run/e2e/images/$name.tar" >/dev/null
+        for other in $(alias_of "$name"); do
+          "$here/on.sh" "$n" ctr -n k8s.io images tag --force "$(tag "$name")" "$other" >/dev/null
+        done
         cp "$images/$name.stamp" "$d/$name.stamp"
       done &
       loads+=($!)

@@ -23,12 +23,13 @@ finish() {
 e2e/deps.sh
 e2e/cluster/build.sh >/dev/null
 e2e/tools.sh
+e2e/chart.sh
 cargo build --workspace --bins --profile "${PROFILE:-dev}"
 
 trap finish EXIT
 trap 'exit 130' INT TERM
 e2e/cluster.sh up
-e2e/images.sh load forebay forebay-operator forebay-csi trainer
+e2e/images.sh load forebay forebay-operator forebay-csi trainer trainer-torch
 
 # --- The chart, and the tests, from where the API server, pods and the store are ---------------------------------------
 binaries=target/${PROFILE:-dev}

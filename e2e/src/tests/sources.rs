@@ -47,11 +47,12 @@ pub fn sources_come_and_go_under_readers(env: &Env, ns: &str) -> TestResult {
     Ok(Outcome::Passed)
 }
 
-/// Waits until the Dataset's condition names the cause, and an event does.
+/// Waits until the Dataset's condition names the cause, and an event does. What is cached is served meanwhile, so it may be
+/// Ready all the same.
 fn named(env: &Env, ns: &str, reason: &str, hint: &str) -> anyhow::Result<()> {
     let condition = eventually(&format!("the condition says {reason}"), 60, || {
-        let condition = env.kubectl.condition(ns, "dataset", "data", "Ready")?;
-        Ok(condition.filter(|condition| !condition.is && condition.reason == reason))
+        let condition = env.kubectl.condition(ns, "dataset", "data", "Degraded")?;
+        Ok(condition.filter(|condition| condition.is && condition.reason == reason))
     })?;
     println!("        {reason}: {}", condition.message);
     ensure!(condition.message.contains(hint), "'{}' does not name '{hint}'", condition.message);
@@ -62,8 +63,9 @@ fn named(env: &Env, ns: &str, reason: &str, hint: &str) -> anyhow::Result<()> {
 
 fn recovers(env: &Env, ns: &str) -> anyhow::Result<()> {
     until("the Dataset recovers without being made again", 60, || {
-        let condition = env.kubectl.condition(ns, "dataset", "data", "Ready")?;
-        Ok(condition.is_some_and(|condition| condition.is))
+        let is =
+            |of: &str| Ok::<_, anyhow::Error>(env.kubectl.condition(ns, "dataset", "data", of)?.map(|found| found.is));
+        Ok(is("Ready")? == Some(true) && is("Degraded")? == Some(false))
     })
 }
 
