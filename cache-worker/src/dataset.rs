@@ -4,12 +4,14 @@ mod problem;
 mod source;
 mod store;
 
-use std::{fmt, future::Future, sync::Arc};
+use std::{fmt, future::Future, ops::Range, sync::Arc};
 
 use forebay_cache_store::DatasetUsage;
 use forebay_metadata::{DatasetIndex, DatasetOptions, Index, MetadataError, Namespace, NamespaceError};
-use forebay_protocol::{BLOCK_SIZE, DatasetId, DatasetPath, FileIdentity, InvalidPath, worker::ScanProgress};
-use forebay_under_store::{Limits, Requests};
+use forebay_protocol::{
+    BLOCK_SIZE, DatasetId, DatasetPath, FileIdentity, FileVersion, InvalidPath, worker::ScanProgress,
+};
+use forebay_under_store::{ByteStream, Limits, Requests, StoreError};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
@@ -193,6 +195,24 @@ impl Dataset {
         sources.iter().find(|source| path.starts_with(&source.path)).map(|source| source.pools.clone())
     }
 
+    /// A range of a version of a file, from the source that answers for it: a new one, if sources change before the
+    /// answer begins. `None` where no source is.
+    pub(crate) async fn get(
+        &self,
+        path: &DatasetPath,
+        version: &FileVersion,
+        range: Range<u64>,
+    ) -> Result<Option<ByteStream>, StoreError> {
+        loop {
+            let namespace = self.namespace();
+            let Some((store, key)) = namespace.resolve(path) else { return Ok(None) };
+            match store.get(&key, &version.key, version.size, range.clone()).await {
+                Err(_) if !Arc::ptr_eq(&namespace, &self.namespace()) => {}
+                answer => return answer.map(Some),
+            }
+        }
+    }
+
     /// Ready when the dataset is no longer served (in this form).
     pub(crate) fn closed(&self) -> impl Future<Output = ()> + Send + '_ {
         self.closed.cancelled()
@@ -271,7 +291,7 @@ impl Dataset {
     }
 
     /// The name of a version of a file of this dataset.
-    pub(crate) fn identity(&self, path: &DatasetPath, version: &forebay_protocol::FileVersion) -> FileIdentity {
+    pub(crate) fn identity(&self, path: &DatasetPath, version: &FileVersion) -> FileIdentity {
         version.identity(self.id, path)
     }
 }

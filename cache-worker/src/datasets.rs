@@ -107,10 +107,12 @@ impl Datasets {
         }
     }
 
-    /// Datasets of which something is on the disk though they are not configured (or it is not known yet what is).
-    pub(crate) fn wiping(&self) -> Vec<DatasetId> {
+    /// Datasets of which something is on the disk though they are not served: they are being wiped, or taken up, or
+    /// it is not known yet what is configured.
+    pub(crate) fn unserved(&self) -> Vec<DatasetId> {
         let leftovers: Vec<_> = self.leftovers.lock().keys().copied().collect();
-        leftovers.into_iter().filter(|id| !self.is_configured(id)).collect()
+        let served = self.served.read();
+        leftovers.into_iter().filter(|id| !served.contains_key(id)).collect()
     }
 
     fn is_configured(&self, id: &DatasetId) -> bool {
@@ -204,7 +206,7 @@ impl Datasets {
                 self.leftovers.lock().entry(id).or_default();
             }
         }
-        for id in self.wiping() {
+        for id in self.unserved() {
             if self.begin_wiping(id) {
                 let forgotten = self.metadata.forget_dataset(id).await;
                 let next = match &forgotten {

@@ -1,6 +1,7 @@
 //! The fill engine: gives the blocks of a chunk to readers, and fetches those that are not held.
 //!
 //! - [`chunk`]: what is in flight of one chunk; single flight per block.
+//! - [`disk`]: the only way to the chunk store's disk, which may hang.
 //! - [`run`]: one conditional GET for neighbouring blocks, and its way into the chunk's file.
 //! - [`reader`]: one request's view: the blocks in order, as they become valid.
 //!
@@ -11,11 +12,15 @@
 //! - A block in memory holds a permit of the worker's budget, or the one minimum permit of its run: each run can always
 //!   have one block in memory, so no set of slow readers stops another one for good.
 //! - A run always ends, by its source's deadline at the latest, and its end wakes every waiter.
+//! - Nobody waits for the disk longer than [`disk::DEADLINE`]. When it is late, the reader goes on without it: what it
+//!   wants comes from the source and is not stored. That is the soonest: the same request goes on, and no other worker
+//!   has the blocks either, since this one is asked because it owns them.
 //!
 //! Lock order: `FillEngine::chunks`, then `ChunkFill::slots`, then locks within the chunk store. None is held over an
-//! await or over disk input/output.
+//! await or over disk input/output. The disk's state is a leaf.
 
 mod chunk;
+mod disk;
 mod reader;
 mod run;
 
@@ -34,6 +39,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub(crate) use chunk::Block;
 use chunk::ChunkFill;
+use disk::Disk;
 pub(crate) use reader::{BlockReader, Piece, Wanted};
 
 use crate::{dataset::Dataset, metrics::Metrics};
@@ -43,7 +49,7 @@ pub(crate) const CHUNK_BLOCKS: u32 = (CHUNK_SIZE / BLOCK_SIZE) as u32;
 /// Blocks that one GET asks for at most: 128 * 64 KiB = 8 MiB, at which a request's latency (tens of milliseconds) is a
 /// small part of its transfer (around 100 ms at the usual 80 MB/s of one connection to an object store).
 const MAX_RUN_BLOCKS: u32 = 128;
-/// GETs that one request for blocks has under way at most.
+/// GETs that one request for blocks has under way at most, besides those that another reader waits for too.
 const RUNS_PER_REQUEST: usize = 4;
 /// How long the end of a run that met another version waits for the metadata to learn of it, so that the reader's next
 /// look-up finds the new version.
@@ -158,6 +164,7 @@ pub(crate) struct FillEngine {
 
 struct Inner {
     store: Arc<ChunkStore>,
+    disk: Arc<Disk>,
     chunks: Mutex<HashMap<ChunkKey, Weak<ChunkFill>>>,
     /// In blocks.
     budget: Arc<Semaphore>,
@@ -180,6 +187,7 @@ impl FillEngine {
         Self {
             inner: Arc::new(Inner {
                 store,
+                disk: Disk::new(metrics.clone()),
                 chunks: Mutex::new(HashMap::new()),
                 budget: Arc::new(Semaphore::new(permits)),
                 conflicts,

@@ -35,8 +35,6 @@ enum Code {
     Internal,
 }
 
-type ByDataset<M> = Family<DatasetLabels, M>;
-
 /// Metrics of the process. Counters are counted where things happen; gauges, and what other crates count, are sampled
 /// when somebody asks.
 #[derive(Debug)]
@@ -53,6 +51,8 @@ pub(crate) struct Metrics {
     pub(crate) requests_in_flight: Gauge,
     read_failures: Family<CodeLabel, Counter>,
     pub(crate) disk_write_errors: Counter,
+    pub(crate) disk_timeouts: Counter,
+    pub(crate) disk_hung: Gauge,
     pub(crate) rechecks_dropped: Counter,
     pub(crate) supersedes_dropped: Counter,
     pub(crate) reload_errors: Counter,
@@ -65,45 +65,57 @@ pub(crate) struct Metrics {
     datasets: DatasetFamilies,
 }
 
-#[derive(Debug, Default)]
-struct DatasetFamilies {
-    hit_bytes: ByDataset<Counter>,
-    miss_bytes: ByDataset<Counter>,
-    served_bytes: ByDataset<Counter>,
-    bypassed_bytes: ByDataset<Counter>,
-    version_conflicts: ByDataset<Counter>,
-    fill_errors: ByDataset<Counter>,
-    evicted_bytes: ByDataset<Counter>,
-    corrupt_blocks: ByDataset<Counter>,
-    store_gets: ByDataset<Counter>,
-    store_lists: ByDataset<Counter>,
-    store_heads: ByDataset<Counter>,
-    store_errors: ByDataset<Counter>,
-    store_bytes: ByDataset<Counter>,
-    cached_bytes: ByDataset<Gauge>,
-    pinned_bytes: ByDataset<Gauge>,
-    cached_chunks: ByDataset<Gauge>,
+/// The metrics of a dataset, each named once: what has a value per dataset, and the values of one dataset.
+macro_rules! by_dataset {
+    ($($field:ident: $kind:ident = $name:literal $(in $unit:ident)?, $help:literal;)*) => {
+        #[derive(Debug, Default)]
+        struct DatasetFamilies {
+            $($field: Family<DatasetLabels, $kind>,)*
+        }
+
+        /// Metrics of one dataset.
+        #[derive(Debug, Clone)]
+        pub(crate) struct DatasetMetrics {
+            $(pub(crate) $field: $kind,)*
+        }
+
+        impl DatasetFamilies {
+            fn register(&self, r: &mut Registry) {
+                $(by_dataset!(@register r, self.$field.clone(), $name, $help $(, $unit)?);)*
+            }
+
+            fn of(&self, labels: &DatasetLabels) -> DatasetMetrics {
+                DatasetMetrics { $($field: self.$field.get_or_create_owned(labels),)* }
+            }
+
+            fn remove(&self, labels: &DatasetLabels) {
+                $(self.$field.remove(labels);)*
+            }
+        }
+    };
+    (@register $r:ident, $metric:expr, $name:literal, $help:literal) => { $r.register($name, $help, $metric) };
+    (@register $r:ident, $metric:expr, $name:literal, $help:literal, $unit:ident) => {
+        $r.register_with_unit($name, $help, Unit::$unit, $metric)
+    };
 }
 
-/// Metrics of one dataset.
-#[derive(Debug, Clone)]
-pub(crate) struct DatasetMetrics {
-    pub(crate) hit_bytes: Counter,
-    pub(crate) miss_bytes: Counter,
-    pub(crate) served_bytes: Counter,
-    pub(crate) bypassed_bytes: Counter,
-    pub(crate) version_conflicts: Counter,
-    pub(crate) fill_errors: Counter,
-    pub(crate) evicted_bytes: Counter,
-    pub(crate) corrupt_blocks: Counter,
-    pub(crate) store_gets: Counter,
-    pub(crate) store_lists: Counter,
-    pub(crate) store_heads: Counter,
-    pub(crate) store_errors: Counter,
-    pub(crate) store_bytes: Counter,
-    pub(crate) cached_bytes: Gauge,
-    pub(crate) pinned_bytes: Gauge,
-    pub(crate) cached_chunks: Gauge,
+by_dataset! {
+    hit_bytes: Counter = "hit" in Bytes, "Bytes of blocks that readers asked for and that were held";
+    miss_bytes: Counter = "miss" in Bytes, "Bytes of blocks that readers asked for and that had to come from the source";
+    served_bytes: Counter = "served" in Bytes, "Bytes of blocks sent to clients and workers";
+    bypassed_bytes: Counter = "bypassed" in Bytes, "Bytes fetched that the tier did not admit (quota, watermark, disk)";
+    version_conflicts: Counter = "version_conflicts", "Fetches that met another version than the one asked for";
+    fill_errors: Counter = "fill_errors", "Fetches that failed for good, version conflicts apart";
+    evicted_bytes: Counter = "evicted" in Bytes, "Bytes dropped to make room";
+    corrupt_blocks: Counter = "corrupt_blocks", "Blocks on disk that failed their checksum and were dropped";
+    store_gets: Counter = "store_gets", "GET requests to the sources";
+    store_lists: Counter = "store_lists", "LIST requests to the sources";
+    store_heads: Counter = "store_heads", "HEAD requests to the sources";
+    store_errors: Counter = "store_errors", "Requests to the sources that failed, retries included";
+    store_bytes: Counter = "store_received" in Bytes, "Bytes received from the sources";
+    cached_bytes: Gauge = "cached" in Bytes, "Bytes of blocks held";
+    pinned_bytes: Gauge = "pinned" in Bytes, "Bytes of blocks held that are never evicted";
+    cached_chunks: Gauge = "cached_chunks", "Chunks of which something is held";
 }
 
 /// Sets a counter that somebody else counts.
@@ -132,6 +144,8 @@ impl Metrics {
             requests_in_flight: Gauge::default(),
             read_failures: Family::default(),
             disk_write_errors: Counter::default(),
+            disk_timeouts: Counter::default(),
+            disk_hung: Gauge::default(),
             rechecks_dropped: Counter::default(),
             supersedes_dropped: Counter::default(),
             reload_errors: Counter::default(),
@@ -179,6 +193,16 @@ impl Metrics {
             "disk_write_errors",
             "Writes of fetched blocks that the tier refused; readers got them from memory",
             self.disk_write_errors.clone(),
+        );
+        r.register(
+            "disk_timeouts",
+            "Reads and writes of the tier that were not waited for any longer; readers got the blocks from the source",
+            self.disk_timeouts.clone(),
+        );
+        r.register(
+            "disk_hung",
+            "1 while the tier's disk does not answer: blocks come from the sources and are not stored",
+            self.disk_hung.clone(),
         );
         r.register(
             "rechecks_dropped",
@@ -240,134 +264,6 @@ impl Metrics {
         let mut text = String::new();
         encode(&mut text, &self.registry)?;
         Ok(text)
-    }
-}
-
-impl DatasetFamilies {
-    fn register(&self, r: &mut Registry) {
-        let bytes = || Unit::Bytes;
-        let Self {
-            hit_bytes,
-            miss_bytes,
-            served_bytes,
-            bypassed_bytes,
-            version_conflicts,
-            fill_errors,
-            evicted_bytes,
-            corrupt_blocks,
-            store_gets,
-            store_lists,
-            store_heads,
-            store_errors,
-            store_bytes,
-            cached_bytes,
-            pinned_bytes,
-            cached_chunks,
-        } = self;
-        r.register_with_unit(
-            "hit",
-            "Bytes of blocks that readers asked for and that were held",
-            bytes(),
-            hit_bytes.clone(),
-        );
-        r.register_with_unit(
-            "miss",
-            "Bytes of blocks that readers asked for and that had to come from the source",
-            bytes(),
-            miss_bytes.clone(),
-        );
-        r.register_with_unit("served", "Bytes of blocks sent to clients and workers", bytes(), served_bytes.clone());
-        r.register_with_unit(
-            "bypassed",
-            "Bytes fetched that the tier did not admit (quota, watermark, disk)",
-            bytes(),
-            bypassed_bytes.clone(),
-        );
-        r.register(
-            "version_conflicts",
-            "Fetches that met another version than the one asked for",
-            version_conflicts.clone(),
-        );
-        r.register("fill_errors", "Fetches that failed for good, version conflicts apart", fill_errors.clone());
-        r.register_with_unit("evicted", "Bytes dropped to make room", bytes(), evicted_bytes.clone());
-        r.register(
-            "corrupt_blocks",
-            "Blocks on disk that failed their checksum and were dropped",
-            corrupt_blocks.clone(),
-        );
-        r.register("store_gets", "GET requests to the sources", store_gets.clone());
-        r.register("store_lists", "LIST requests to the sources", store_lists.clone());
-        r.register("store_heads", "HEAD requests to the sources", store_heads.clone());
-        r.register("store_errors", "Requests to the sources that failed, retries included", store_errors.clone());
-        r.register_with_unit("store_received", "Bytes received from the sources", bytes(), store_bytes.clone());
-        r.register_with_unit("cached", "Bytes of blocks held", bytes(), cached_bytes.clone());
-        r.register_with_unit("pinned", "Bytes of blocks held that are never evicted", bytes(), pinned_bytes.clone());
-        r.register("cached_chunks", "Chunks of which something is held", cached_chunks.clone());
-    }
-
-    fn of(&self, labels: &DatasetLabels) -> DatasetMetrics {
-        let counter = |family: &ByDataset<Counter>| family.get_or_create_owned(labels);
-        let gauge = |family: &ByDataset<Gauge>| family.get_or_create_owned(labels);
-        DatasetMetrics {
-            hit_bytes: counter(&self.hit_bytes),
-            miss_bytes: counter(&self.miss_bytes),
-            served_bytes: counter(&self.served_bytes),
-            bypassed_bytes: counter(&self.bypassed_bytes),
-            version_conflicts: counter(&self.version_conflicts),
-            fill_errors: counter(&self.fill_errors),
-            evicted_bytes: counter(&self.evicted_bytes),
-            corrupt_blocks: counter(&self.corrupt_blocks),
-            store_gets: counter(&self.store_gets),
-            store_lists: counter(&self.store_lists),
-            store_heads: counter(&self.store_heads),
-            store_errors: counter(&self.store_errors),
-            store_bytes: counter(&self.store_bytes),
-            cached_bytes: gauge(&self.cached_bytes),
-            pinned_bytes: gauge(&self.pinned_bytes),
-            cached_chunks: gauge(&self.cached_chunks),
-        }
-    }
-
-    fn remove(&self, labels: &DatasetLabels) {
-        let Self {
-            hit_bytes,
-            miss_bytes,
-            served_bytes,
-            bypassed_bytes,
-            version_conflicts,
-            fill_errors,
-            evicted_bytes,
-            corrupt_blocks,
-            store_gets,
-            store_lists,
-            store_heads,
-            store_errors,
-            store_bytes,
-            cached_bytes,
-            pinned_bytes,
-            cached_chunks,
-        } = self;
-        let counters = [
-            hit_bytes,
-            miss_bytes,
-            served_bytes,
-            bypassed_bytes,
-            version_conflicts,
-            fill_errors,
-            evicted_bytes,
-            corrupt_blocks,
-            store_gets,
-            store_lists,
-            store_heads,
-            store_errors,
-            store_bytes,
-        ];
-        for family in counters {
-            family.remove(labels);
-        }
-        for family in [cached_bytes, pinned_bytes, cached_chunks] {
-            family.remove(labels);
-        }
     }
 }
 

@@ -73,7 +73,7 @@ enum Command {
     Refresh(verbs::PathArgs),
     /// Run a cache worker (started by `up` and by the operator's StatefulSet)
     #[command(hide = true)]
-    Worker(up::WorkerChildArgs),
+    Worker(Box<up::WorkerChildArgs>),
     /// Run a FUSE daemon (started by `up` and by the chart's DaemonSet)
     #[command(hide = true)]
     Fuse(up::FuseChildArgs),

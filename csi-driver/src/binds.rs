@@ -7,7 +7,10 @@
 use std::{
     fs::DirBuilder,
     io,
-    os::{fd::OwnedFd, unix::fs::DirBuilderExt as _},
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::fs::DirBuilderExt as _,
+    },
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -16,7 +19,7 @@ use forebay_keeper::mount::{self, Device, FUSE_KIND, MountedAt};
 use rustix::{
     fs::{AtFlags, CWD, StatxFlags},
     io::Errno,
-    mount::{MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags},
+    mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags},
 };
 
 use crate::{
@@ -73,35 +76,24 @@ pub fn is_ours(mounted: &MountedAt) -> bool {
 
 /// Mounts the stage mount, which must be `device`, at `target`.
 pub fn bind(stage: &Path, device: Device, target: &Path, noexec: bool) -> Result<(), VolumeError> {
-    attach(stage, device, target, MoveMountFlags::empty())
-        .and_then(|()| if noexec { forbid_exec(target) } else { Ok(()) })
+    attach(stage, device, target, noexec, MoveMountFlags::empty())
         .map_err(system(format!("cannot mount on {}", target.display())))
 }
 
-/// The same in the place of dead mounts of ours. Whoever looks meanwhile sees the old one or the new one.
+/// The same in the place of a dead mount of ours. Whoever looks meanwhile sees the old one or the new one.
 pub fn replace(stage: &Path, device: Device, target: &Path, noexec: bool) -> Result<(), VolumeError> {
-    match attach(stage, device, target, MoveMountFlags::MOVE_MOUNT_BENEATH) {
-        Ok(()) => {}
+    let failed = || system(format!("cannot mount on {}", target.display()));
+    match attach(stage, device, target, noexec, MoveMountFlags::MOVE_MOUNT_BENEATH) {
+        // The mount table is in the order in which mounts were made, so it cannot tell that the old one is on top.
+        Ok(()) => detach_top(target).map_err(failed()),
         // Not possible with every form of propagation: first one goes, then the other comes.
         Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {
             tracing::debug!(%error, target = %target.display(), "cannot mount beneath a dead mount");
+            take_down(target)?;
+            attach(stage, device, target, noexec, MoveMountFlags::empty()).map_err(failed())
         }
-        Err(error) => return Err(system(format!("cannot mount on {}", target.display()))(error)),
+        Err(error) => Err(failed()(error)),
     }
-    for _ in 0..MAX_STACKED {
-        match look(target)? {
-            Some(top) if top.device == device => {
-                let noexec = if noexec { forbid_exec(target) } else { Ok(()) };
-                return noexec.map_err(system(format!("cannot mount on {}", target.display())));
-            }
-            Some(top) if is_ours(&top) => {
-                take_down_top(target)?;
-            }
-            Some(top) => return Err(foreign(target, &top)),
-            None => return bind(stage, device, target, noexec),
-        }
-    }
-    Err(stacked(target))
 }
 
 /// Takes down all that is ours at `target`, whoever uses it; to be found out by the mount table when done.
@@ -131,13 +123,16 @@ pub fn remove(target: &Path) -> Result<(), VolumeError> {
     }
 }
 
-fn attach(stage: &Path, device: Device, target: &Path, how: MoveMountFlags) -> io::Result<()> {
+fn attach(stage: &Path, device: Device, target: &Path, noexec: bool, how: MoveMountFlags) -> io::Result<()> {
     let (stage, target) = (stage.to_owned(), target.to_owned());
     let work = move || {
         let tree =
             rustix::mount::open_tree(CWD, &stage, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
         if device_of(&tree)? != device {
             return Err(io::Error::other(format!("the stage mount at {} is gone", stage.display())));
+        }
+        if noexec {
+            forbid_exec(&tree)?;
         }
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | how;
         rustix::mount::move_mount(&tree, "", CWD, &target, flags)?;
@@ -157,23 +152,28 @@ fn device_of(tree: &OwnedFd) -> io::Result<Device> {
     Ok(Device { major: statx.stx_dev_major, minor: statx.stx_dev_minor })
 }
 
-/// Adds `noexec` to what every mount has.
-fn forbid_exec(target: &Path) -> io::Result<()> {
-    let path = target.to_owned();
-    let remount = move || {
-        let flags = MountFlags::BIND
-            | MountFlags::RDONLY
-            | MountFlags::NOSUID
-            | MountFlags::NODEV
-            | MountFlags::NOATIME
-            | MountFlags::NOEXEC;
-        Ok(rustix::mount::mount_remount(&path, flags, "")?)
+/// Adds `noexec` to what every mount has, before the mount is anywhere: a later change would be seen in this process's mount
+/// namespace only.
+fn forbid_exec(tree: &OwnedFd) -> io::Result<()> {
+    let attributes = libc::mount_attr { attr_set: libc::MOUNT_ATTR_NOEXEC, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    // SAFETY: the descriptor is open, the path is a C string, and the kernel reads as many bytes as it is told are there.
+    let failed = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
     };
-    let done = bounded::run("remount", STEP, remount, |()| ());
-    if done.is_err() {
-        let _ = take_down_top(target);
-    }
-    done
+    if failed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn detach_top(target: &Path) -> io::Result<()> {
+    let path = target.to_owned();
+    let work = move || Ok(rustix::mount::unmount(&path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?);
+    bounded::run("detach", STEP, work, |()| ())
 }
 
 /// Whoever uses it keeps it.

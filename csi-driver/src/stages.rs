@@ -19,8 +19,10 @@ use crate::{binds, error::VolumeError, source::Source};
 const REJOIN: Duration = Duration::from_secs(10);
 /// How long a volume of an earlier keeper is waited for: until the keeper has made up its mind.
 const RETURN: Duration = REJOIN.saturating_add(Duration::from_secs(5));
+/// How long a daemon has to serve a volume: it takes milliseconds, and a take-over a second or two.
+const ATTACH: Duration = Duration::from_secs(5);
 /// How often to look.
-const LOOK: Duration = Duration::from_millis(20);
+const LOOK: Duration = Duration::from_millis(5);
 /// How long a stage mount that somebody still uses is asked to go before it is taken.
 const UNMOUNT_GRACE: Duration = Duration::from_secs(2);
 
@@ -87,6 +89,23 @@ impl Stages {
             let there = binds::look(&mount.target)?.is_some_and(|mounted| mounted.device == mount.device);
             return Ok(Some(Stage { target: mount.target, device: mount.device, lives: served && there }));
         }
+    }
+
+    /// Waits until a daemon serves a volume. A pod must not be started before: whatever sets up its containers looks at the
+    /// mount, and would hang.
+    pub fn served(&self, volume: &str) -> Result<(), VolumeError> {
+        let deadline = Instant::now() + ATTACH;
+        while self.volume(volume)?.is_some_and(|status| status.state != VolumeState::Served) {
+            if Instant::now() >= deadline {
+                let text = match self.status()?.daemons.len() {
+                    0 => "no FUSE daemon is connected on this node; is the pod of the DaemonSet forebay-fuse running?",
+                    _ => "no FUSE daemon serves the volume yet",
+                };
+                return Err(VolumeError::Unavailable(text.to_owned()));
+            }
+            std::thread::sleep(LOOK);
+        }
+        Ok(())
     }
 
     /// Mounts a volume at a directory that nothing is mounted on.

@@ -209,6 +209,7 @@ impl Volumes {
             }
             Some(top) => return Err(binds::foreign(&target, &top)),
             None => {
+                self.stages.served(volume)?;
                 if let Err(error) = binds::bind(&stage.target, stage.device, &target, capability.noexec) {
                     // Made by us or, before, by the one who asks, who will ask again.
                     let _ = binds::remove(&target);

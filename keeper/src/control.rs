@@ -4,18 +4,18 @@
 //! the ends of killed processes, and makes no call that can block: sends and receives are non-blocking, aborts have a
 //! thread of their own. (One small file is written when another daemon begins to serve.)
 //!
-//! Life of a hand-over: a connection is lost (hung up, silent, garbage) -> SIGKILL through its pidfd, whatever the
+//! Life of a hand-over: a connection is lost (hung up, dying, silent, garbage) -> SIGKILL through its pidfd, whatever the
 //! reason, so that "lost" always means "dead" -> its volumes are vacant -> the pidfd becomes readable, or `kill_wait`
 //! passes -> the oldest standby is active and is sent every vacant volume -> it says `Attached`.
 //!
 //! A daemon that says `AttachFailed` is lost for that volume only: the volume is offered to the next one, and when all
 //! have refused, to the active one again after a pause. So a standby may come to serve a volume.
 //!
-//! Life of a restart: the volumes of the earlier keeper are *returning*, the daemons that it had told to serve and that
-//! live are *awaited* -> daemons connect and give back what they hold -> those that serve go on serving, and nothing is
-//! offered to anybody before all that are awaited have said so, died, or been killed because they were too late.
+//! What happens when this keeper, or the one before it, ends is in [`restart`].
 
 mod connection;
+mod losses;
+mod restart;
 mod succession;
 mod volume;
 
@@ -28,17 +28,17 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::SocketFlags;
-use rustix::process::Signal;
 use tokio::sync::mpsc as events;
 
 use crate::handover::socket::{self, Received};
 use crate::handover::{Role, ToDaemon, ToKeeper, WireError};
-use crate::keeper::{self, Event, KeeperOptions, KeeperStatus, LossCause, VolumeState};
-use crate::mount::{MountInfo, fusectl};
-use crate::notify::notify_resend;
-use crate::sys;
+use crate::keeper::{Event, KeeperOptions, KeeperStatus, LossCause, VolumeState};
+use crate::mount::MountInfo;
 
 use connection::Connection;
+use losses::{Dying, abort};
+pub(crate) use restart::Legacy;
+use restart::{Awaited, Leave};
 pub(crate) use succession::Succession;
 pub(crate) use volume::Volume;
 use volume::{Means, State};
@@ -55,6 +55,8 @@ const TICK: Duration = Duration::from_secs(1);
 const DYING_TICK: Duration = Duration::from_millis(10);
 /// A wait that took so much longer than it should: this process was stopped, or starved, and the silence was its own.
 const STALLED: Duration = Duration::from_millis(500);
+/// How often a daemon that has been silent for a moment is looked at.
+const SUSPECT_TICK: Duration = Duration::from_millis(50);
 /// How often mounts are looked at for having been taken away by somebody else.
 const PROBE: Duration = Duration::from_secs(5);
 
@@ -66,7 +68,7 @@ pub(crate) enum Command {
     },
     Find {
         volume: String,
-        reply: mpsc::SyncSender<Option<MountInfo>>,
+        reply: mpsc::SyncSender<Option<(MountInfo, Option<OwnedFd>)>>,
     },
     Status {
         reply: mpsc::SyncSender<KeeperStatus>,
@@ -84,48 +86,12 @@ pub(crate) enum Command {
     Stop,
 }
 
-/// What an earlier keeper left.
-#[derive(Default)]
-pub(crate) struct Legacy {
-    pub(crate) volumes: Vec<MountInfo>,
-    /// Where it is recorded who serves; `None`: nowhere.
-    pub(crate) succession: Option<Succession>,
-    /// Daemons that may serve these volumes: process and pidfd.
-    pub(crate) servers: Vec<(i32, OwnedFd)>,
-    /// There may be others: it was not recorded, or the record is lost.
-    pub(crate) unknown_servers: bool,
-}
-
 /// Commands, and how the thread is told of them.
 pub(crate) struct Inbox {
     pub(crate) wake: Arc<OwnedFd>,
     pub(crate) receiver: mpsc::Receiver<Command>,
     /// For the threads that this one starts.
     pub(crate) sender: mpsc::Sender<Command>,
-}
-
-/// A daemon that was killed and is not known to be gone.
-struct Dying {
-    pidfd: OwnedFd,
-    pid: i32,
-    /// Until then its successor waits.
-    deadline: Instant,
-    lingers: bool,
-    /// The volumes that it may hold requests of.
-    volumes: Vec<String>,
-}
-
-/// A daemon that was told to serve by an earlier keeper.
-struct Awaited {
-    /// `None`: any.
-    process: Option<(i32, OwnedFd)>,
-    until: Instant,
-}
-
-/// Whoever asked this keeper to leave.
-struct Leave {
-    deadline: Instant,
-    reply: mpsc::SyncSender<Vec<String>>,
 }
 
 /// How the thread ends.
@@ -163,15 +129,10 @@ impl Control {
         listener: OwnedFd,
         inbox: Inbox,
         events: events::Sender<Event>,
-        legacy: Legacy,
+        mut legacy: Legacy,
     ) -> Self {
-        let Legacy { volumes, succession, servers, unknown_servers } = legacy;
-        let until = Instant::now() + options.rejoin;
-        let known = servers.into_iter().map(|process| Awaited { process: Some(process), until });
-        let unknown = unknown_servers.then_some(Awaited { process: None, until });
-        // Where there is nothing to serve, nobody serves.
-        let awaited = if volumes.is_empty() { Vec::new() } else { known.chain(unknown).collect() };
-        let volumes = volumes.into_iter().map(|info| (info.volume.clone(), Volume::returning(info))).collect();
+        let awaited = legacy.awaited(options.rejoin);
+        let volumes = legacy.volumes.into_iter().map(|info| (info.volume.clone(), Volume::returning(info))).collect();
         Self {
             options,
             listener,
@@ -183,7 +144,7 @@ impl Control {
             volumes,
             dying: Vec::new(),
             awaited,
-            succession,
+            succession: legacy.succession,
             leave: None,
             totals: KeeperStatus::default(),
             probed: Instant::now(),
@@ -231,12 +192,10 @@ impl Control {
             let out = if connection.wants_to_send() { PollFlags::OUT } else { PollFlags::empty() };
             fds.push(PollFd::new(&connection.socket, PollFlags::IN | out));
         }
-        for dying in &self.dying {
-            fds.push(PollFd::new(&dying.pidfd, PollFlags::IN));
-        }
-        for (_, pidfd) in self.awaited.iter().filter_map(|awaited| awaited.process.as_ref()) {
-            fds.push(PollFd::new(pidfd, PollFlags::IN));
-        }
+        // Whose end is looked for in `reap`.
+        let dying = self.dying.iter().map(|dying| &dying.pidfd);
+        let awaited = self.awaited.iter().filter_map(|awaited| Some(&awaited.process.as_ref()?.1));
+        fds.extend(dying.chain(awaited).map(|pidfd| PollFd::new(pidfd, PollFlags::IN)));
         match rustix::event::poll(&mut fds, Some(&socket::timespec(timeout))) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => {
@@ -255,12 +214,14 @@ impl Control {
     /// When something has to be done although nothing was heard.
     fn next_deadline(&self) -> Instant {
         let connections = self.connections.values().map(|connection| connection.deadline(&self.options));
+        let suspect = self.connections.values().any(Connection::is_suspect).then(|| Instant::now() + SUSPECT_TICK);
         let dying = self.dying.iter().filter(|dying| !dying.lingers);
         let dying = dying.map(|dying| dying.deadline.min(Instant::now() + DYING_TICK));
         let volumes = self.volumes.values().filter_map(|volume| volume.deadline(&self.options));
         let awaited = self.awaited.iter().map(|awaited| awaited.until);
         let leave = self.leave.iter().map(|leave| leave.deadline);
         connections
+            .chain(suspect)
             .chain(dying)
             .chain(volumes)
             .chain(awaited)
@@ -288,7 +249,7 @@ impl Control {
                 }
                 // The one who asked may have given up.
                 Command::Find { volume, reply } => {
-                    let _ = reply.send(self.volumes.get(&volume).map(|volume| volume.info.clone()));
+                    let _ = reply.send(self.volumes.get(&volume).map(Volume::mount));
                 }
                 Command::Status { reply } => {
                     let _ = reply.send(self.status());
@@ -440,140 +401,11 @@ impl Control {
         }
     }
 
-    /// A daemon holds a volume since before this connection; `generation`: and serves it, unless 0.
-    fn take_back(&mut self, id: u64, name: &str, generation: u64, means: Means) {
-        let Some(connection) = self.connections.get_mut(&id) else { return };
-        let (pid, volume) = (connection.pid, name.to_owned());
-        let Some(found) = self.volumes.get_mut(name) else {
-            if means.ended() {
-                connection.push(&ToDaemon::Detach { volume }, None);
-            } else {
-                tracing::warn!(volume, pid, "a daemon holds a volume that is not on record");
-                connection.unclaimed = true;
-                self.tell(Event::Unclaimed { volume, pid });
-            }
-            return;
-        };
-        connection.holds.insert(volume.clone());
-        let taken = found.take_back(means);
-        if generation > 0 {
-            let before = found.state;
-            if !found.resume(id, generation) {
-                return self.lose(id, LossCause::Rival);
-            }
-            if found.state != before {
-                tracing::info!(volume, pid, "a volume is served as before");
-                self.tell(Event::Resumed { volume, pid });
-            }
-        }
-        if taken {
-            self.prepare(name);
-        }
-    }
-
-    /// A daemon has said all that it begins with.
-    fn settle(&mut self, id: u64) {
-        let Some(connection) = self.connections.get_mut(&id) else { return };
-        let pid = connection.pid;
-        for volume in self.volumes.values() {
-            if !connection.holds.contains(volume.name())
-                && let Some(message) = volume.prepare()
-            {
-                connection.push(&message, Some(volume.name().to_owned()));
-            }
-        }
-        // A process id means another process only when this one is gone, and then its descriptor says so.
-        self.awaited.retain(|awaited| awaited.process.as_ref().is_none_or(|(awaited, _)| *awaited != pid));
-        let serves = |volume: &Volume| volume.state == State::Served { connection: id };
-        if self.active.is_none() && self.volumes.values().any(serves) {
-            self.activate(id);
-        }
-        let role = if self.active.is_none_or(|active| active == id) { Role::Active } else { Role::Standby };
-        self.tell(Event::DaemonJoined { pid, role });
-    }
-
     fn activate(&mut self, id: u64) {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         tracing::info!(pid = connection.pid, "a daemon is active");
         connection.push(&ToDaemon::Role(Role::Active), None);
         self.active = Some(id);
-    }
-
-    /// Ends a connection. A daemon on it is killed for certain, and its volumes are vacant.
-    fn lose(&mut self, id: u64, cause: LossCause) {
-        let Some(connection) = self.connections.remove(&id) else { return };
-        if cause == LossCause::Garbage {
-            self.totals.garbage += 1;
-        }
-        if connection.hello.is_none() {
-            // Whoever it was, it never had anything; it is not ours to kill.
-            return;
-        }
-        let (pid, role) = (connection.pid, if self.active == Some(id) { Role::Active } else { Role::Standby });
-        match cause {
-            LossCause::HungUp => {}
-            LossCause::Silent => self.totals.kills_silent += 1,
-            LossCause::AttachTimeout | LossCause::Garbage | LossCause::Backlog | LossCause::Rival => {
-                self.totals.kills_other += 1;
-            }
-        }
-        tracing::warn!(pid, ?role, ?cause, "a daemon is lost");
-        kill(pid, &connection.pidfd);
-        let now = Instant::now();
-        let mut volumes = Vec::new();
-        for volume in self.volumes.values_mut() {
-            if volume.vacate(id, now) {
-                volumes.push(volume.name().to_owned());
-            }
-        }
-        if self.active == Some(id) {
-            self.active = None;
-        }
-        if role == Role::Active || !volumes.is_empty() {
-            let deadline = now + self.options.kill_wait;
-            self.dying.push(Dying { pidfd: connection.pidfd, pid, deadline, lingers: false, volumes });
-        }
-        self.tell(Event::DaemonLost { pid, role, cause });
-    }
-
-    /// Finds killed daemons that are gone, and those that take too long.
-    fn reap(&mut self) {
-        let now = Instant::now();
-        self.awaited.retain(|awaited| awaited.process.as_ref().is_none_or(|(_, pidfd)| !is_gone(pidfd)));
-        let mut index = 0;
-        while index < self.dying.len() {
-            let dying = &mut self.dying[index];
-            if is_gone(&dying.pidfd) {
-                let Dying { pid, lingers, volumes, .. } = self.dying.swap_remove(index);
-                if lingers {
-                    self.resend_late(&volumes);
-                    self.tell(Event::PredecessorGone { pid });
-                }
-                continue;
-            }
-            if !dying.lingers && (now >= dying.deadline || sys::only_sleeps(dying.pid)) {
-                dying.lingers = true;
-                let pid = dying.pid;
-                tracing::warn!(pid, "a killed daemon is not gone, but executes nothing: its successor does not wait");
-                self.tell(Event::PredecessorLingers { pid });
-            }
-            index += 1;
-        }
-    }
-
-    /// What a lingering daemon had taken and not answered only comes back when it is gone.
-    fn resend_late(&mut self, volumes: &[String]) {
-        for name in volumes {
-            if let Some(volume) = self.volumes.get_mut(name)
-                && let State::Served { .. } | State::Attaching { .. } = volume.state
-            {
-                let Some(means) = &volume.means else { continue };
-                match notify_resend(&means.fuse) {
-                    Ok(()) => volume.late_resends += 1,
-                    Err(error) => tracing::warn!(%error, volume = name, "cannot ask for requests again"),
-                }
-            }
-        }
     }
 
     fn expire(&mut self) {
@@ -599,7 +431,8 @@ impl Control {
             }
             if volume.abort_due(now, &self.options) {
                 volume.state = State::Aborting;
-                abort(volume.info.clone(), self.inbox.sender.clone(), Arc::clone(&self.inbox.wake));
+                let (info, fuse) = volume.mount();
+                abort(info, fuse, self.inbox.sender.clone(), Arc::clone(&self.inbox.wake));
             }
         }
         for id in stuck {
@@ -612,21 +445,6 @@ impl Control {
                 tracing::warn!(volume, "the volume was unmounted or aborted by somebody else");
                 self.tell(Event::Vanished { volume });
             }
-        }
-    }
-
-    /// Daemons that have not come back in time are stopped or stuck.
-    fn expire_awaited(&mut self, now: Instant) {
-        let (late, awaited) = std::mem::take(&mut self.awaited).into_iter().partition(|awaited| awaited.until <= now);
-        self.awaited = awaited;
-        let late: Vec<Awaited> = late;
-        for (pid, pidfd) in late.into_iter().filter_map(|awaited| awaited.process) {
-            tracing::warn!(pid, "a daemon that served has not come back");
-            kill(pid, &pidfd);
-            self.totals.kills_silent += 1;
-            let volumes = self.volumes.keys().cloned().collect();
-            self.dying.push(Dying { pidfd, pid, deadline: now + self.options.kill_wait, lingers: false, volumes });
-            self.tell(Event::DaemonLost { pid, role: Role::Active, cause: LossCause::Silent });
         }
     }
 
@@ -661,35 +479,6 @@ impl Control {
         }
         daemons.sort_by_key(|id| self.active != Some(*id));
         daemons
-    }
-
-    /// Lets daemons go, and goes: one only when the other holds everything and stays.
-    fn part(&mut self) {
-        if let Some(Leave { deadline, reply }) = &self.leave {
-            let unheld = self.unheld();
-            if unheld.is_empty() || Instant::now() >= *deadline {
-                // Whoever asked may have given up.
-                let _ = reply.send(unheld);
-                self.end = Some(End::Leave);
-            }
-            return;
-        }
-        let held_here =
-            |volume: &String| self.volumes.get(volume).is_none_or(|volume| volume.means.is_some() || !volume.is_live());
-        for connection in self.connections.values_mut().filter(|c| c.leaving && !c.let_go && c.settled()) {
-            if !connection.unclaimed && connection.holds.iter().all(held_here) {
-                tracing::info!(pid = connection.pid, "a daemon may go");
-                connection.let_go = true;
-                connection.push(&ToDaemon::Go, None);
-            }
-        }
-    }
-
-    /// Volumes that would end with this keeper.
-    fn unheld(&self) -> Vec<String> {
-        let staying = || self.connections.values().filter(|connection| connection.settled() && !connection.leaving);
-        let live = self.volumes.values().filter(|volume| volume.is_live()).map(Volume::name);
-        live.filter(|name| !staying().any(|connection| connection.holds.contains(*name))).map(str::to_owned).collect()
     }
 
     fn flush(&mut self) {
@@ -733,32 +522,5 @@ impl Control {
             Ok(()) | Err(events::error::TrySendError::Closed(_)) => {}
             Err(events::error::TrySendError::Full(_)) => self.totals.events_dropped += 1,
         }
-    }
-}
-
-fn kill(pid: i32, pidfd: &OwnedFd) {
-    match rustix::process::pidfd_send_signal(pidfd, Signal::KILL) {
-        // Dead already, most of the time.
-        Ok(()) | Err(rustix::io::Errno::SRCH) => {}
-        Err(error) => tracing::error!(pid, %error, "cannot kill a daemon"),
-    }
-}
-
-/// Whether every thread of the process has ended.
-fn is_gone(pidfd: &OwnedFd) -> bool {
-    let zero = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-    matches!(rustix::event::poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&zero)), Ok(1..))
-}
-
-/// Aborts on a thread of its own (which has a deadline) and reports.
-fn abort(info: MountInfo, sender: mpsc::Sender<Command>, wake: Arc<OwnedFd>) {
-    let report = move || {
-        let error = fusectl::abort(info.device, &info.target).err().map(|error| error.to_string());
-        // Fails when the keeper has ended.
-        let _ = sender.send(Command::AbortDone { volume: info.volume, connection: info.connection, error });
-        keeper::wake(&wake);
-    };
-    if let Err(error) = std::thread::Builder::new().name("keeper-abort".to_owned()).spawn(report) {
-        tracing::error!(%error, "cannot start a thread to abort a connection");
     }
 }

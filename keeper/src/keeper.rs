@@ -403,7 +403,8 @@ impl Keeper {
         if let Err(error) = self.send(Command::Add(Box::new(Volume::new(mounted, spec.config, nodes, opens, counters))))
         {
             // The keeper has ended meanwhile. Its record still has the mount, if it cannot be taken down now.
-            teardown::unmount(&target, info.device, info.mode, Duration::ZERO).map_err(system("cannot unmount"))?;
+            let unmounted = teardown::unmount(&target, info.device, info.mode, Duration::ZERO, None);
+            unmounted.map_err(system("cannot unmount"))?;
             self.record(|state| state.remove(&target))?;
             return Err(error);
         }
@@ -413,9 +414,9 @@ impl Keeper {
     /// Unmounts. While files are open it tries again for `grace`, and the volume is served; after that the mount is taken
     /// out of the tree and its connection aborted, so that what still reads gets an error.
     pub fn unmount(&self, volume: &str, grace: Duration) -> Result<TakenDown, KeeperError> {
-        let MountInfo { target, device, mode, .. } =
+        let (MountInfo { target, device, mode, .. }, fuse) =
             self.find(volume)?.ok_or_else(|| KeeperError::Unknown(volume.to_owned()))?;
-        let taken = teardown::unmount(&target, device, mode, grace).map_err(system("cannot unmount"))?;
+        let taken = teardown::unmount(&target, device, mode, grace, fuse).map_err(system("cannot unmount"))?;
         self.send(Command::Remove { volume: volume.to_owned() })?;
         self.record(|state| state.remove(&target))?;
         Ok(taken)
@@ -469,7 +470,7 @@ impl Keeper {
         }
     }
 
-    fn find(&self, volume: &str) -> Result<Option<MountInfo>, KeeperError> {
+    fn find(&self, volume: &str) -> Result<Option<(MountInfo, Option<OwnedFd>)>, KeeperError> {
         self.ask(|reply| Command::Find { volume: volume.to_owned(), reply })
     }
 

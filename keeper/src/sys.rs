@@ -5,6 +5,8 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use rustix::event::{PollFd, PollFlags};
+
 /// A pidfd of the process at the other end of a connected Unix socket, as it was when it connected (SO_PEERPIDFD,
 /// Linux 6.5): unlike a process id it can not come to mean another process.
 pub(crate) fn peer_pidfd(socket: impl AsFd) -> io::Result<OwnedFd> {
@@ -41,6 +43,24 @@ pub(crate) fn inherit(command: &mut Command, fd: OwnedFd) {
 /// `include/uapi/asm-generic/socket.h`.
 const SO_PEERPIDFD: libc::c_int = 77;
 
+/// Whether a process is dying: it was sent SIGKILL, or its first thread has ended. Its descriptors are closed, and its pidfd
+/// says so, only when its last thread has ended, and that one may sleep uninterruptibly until a successor answers what it
+/// waits for. (A pidfd of the first thread is no help: from Linux 6.15 on it waits for all threads, too.) `false` when that
+/// can not be told.
+pub(crate) fn is_dying(pid: i32) -> bool {
+    let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else { return false };
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+    // Signals sent to the process, as a mask of which bit 0 is signal 1.
+    let pending = field("ShdPnd:").and_then(|mask| u64::from_str_radix(mask, 16).ok()).unwrap_or(0);
+    pending & (1 << (libc::SIGKILL - 1)) != 0 || field("State:").is_some_and(|state| state.starts_with(['Z', 'X']))
+}
+
+/// Whether a descriptor has something to read now; of a pidfd: whether what it means has ended.
+pub(crate) fn is_readable(fd: impl AsFd) -> bool {
+    let zero = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    matches!(rustix::event::poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&zero)), Ok(1..))
+}
+
 /// Checks that a descriptor that another process gave is of `/dev/fuse`, without asking anything of a file system that it
 /// may be of instead: its attributes are those that the kernel knows.
 pub(crate) fn check_fuse(fd: impl AsFd) -> io::Result<()> {
@@ -54,6 +74,15 @@ pub(crate) fn check_fuse(fd: impl AsFd) -> io::Result<()> {
         return Err(io::Error::from(io::ErrorKind::InvalidData));
     }
     Ok(())
+}
+
+/// Whether the connection of a FUSE descriptor was ended by an unmount or an abort. As long as it was not, its device number
+/// means it; after that the number soon means another mount.
+pub(crate) fn fuse_ended(fuse: impl AsFd) -> bool {
+    // Asked for nothing but errors, and not waiting: a waiting poll would be woken by every request.
+    let mut fds = [PollFd::new(&fuse, PollFlags::empty())];
+    let zero = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    matches!(rustix::event::poll(&mut fds, Some(&zero)), Ok(1..)) && fds[0].revents().contains(PollFlags::ERR)
 }
 
 /// MISC_MAJOR and FUSE_MINOR of the kernel.
@@ -93,6 +122,17 @@ mod tests {
         let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).unwrap();
         assert!(info.contains(&format!("Pid:\t{}\n", std::process::id())), "{info}");
         assert!(peer_pidfd(std::fs::File::open("/dev/null").unwrap()).is_err());
+    }
+
+    #[test]
+    fn who_is_dying() {
+        assert!(!is_dying(std::process::id() as i32) && !is_dying(i32::MAX));
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        assert!(!is_dying(child.id() as i32));
+        child.kill().unwrap();
+        // Killed, or a zombie already.
+        assert!(is_dying(child.id() as i32));
+        child.wait().unwrap();
     }
 
     #[test]

@@ -28,7 +28,7 @@ use parking_lot::{Mutex, MutexGuard};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::process::Signal;
 
-use daemon::{Config, Refuse, fill};
+use daemon::{Config, HANG, Refuse, fill};
 use reader::{Reader, probe};
 use rig::{Rig, VOLUME, mounts_under, signal_pid};
 
@@ -179,6 +179,36 @@ fn a_predecessor_that_lingers_is_not_waited_for() {
 }
 
 #[test]
+fn a_killed_daemon_that_cannot_end_is_noticed_at_once() {
+    let Some(_alone) = alone() else { return };
+    let rig = Rig::new(SLOW_READS, |options| options.heartbeat_timeout = Duration::from_secs(10));
+    rig.ready();
+    // A look-up holds the directory's lock, for which a thread of the daemon waits that should answer it: what is killed
+    // then keeps its descriptors, the socket among them, until a successor has answered.
+    let path = rig.target.join(HANG);
+    let looked_up = std::thread::spawn(move || std::fs::metadata(path));
+    let pid = rig.status().active().unwrap();
+    let sleeps = || {
+        std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().any(|task| {
+            let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap_or_default();
+            stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('D'))
+        })
+    };
+    let end = Instant::now() + Duration::from_secs(20);
+    while !sleeps() {
+        assert!(Instant::now() < end, "no thread waits for the lock");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let killed = Instant::now();
+    signal_pid(pid, Signal::KILL);
+    rig.wait("take-over", |status| status.volumes[0].takeovers == 1);
+    assert!(killed.elapsed() < Duration::from_secs(5), "{:?}", killed.elapsed());
+    assert_eq!(looked_up.join().unwrap().unwrap_err().kind(), std::io::ErrorKind::NotFound);
+    rig.wait_event("its end", |event| *event == Event::PredecessorGone { pid });
+    assert_eq!(rig.status().kills_silent, 0);
+}
+
+#[test]
 fn nobody_takes_over() {
     let Some(_alone) = alone() else { return };
     let rig = Rig::new(SLOW_READS, |options| options.abort_after = Duration::from_secs(2));
@@ -299,6 +329,36 @@ fn teardown_with_and_without_open_files() {
     rustix::mount::unmount(&rig.target, rustix::mount::UnmountFlags::DETACH).unwrap();
     rig.wait_event("the loss", |event| matches!(event, Event::Vanished { .. }));
     assert_eq!(rig.keeper().unmount(VOLUME, Duration::ZERO).unwrap(), TakenDown::Absent);
+}
+
+#[test]
+fn a_device_number_that_came_to_mean_another_mount_is_let_be() {
+    let Some(_alone) = alone() else { return };
+    let rig = Rig::new(SLOW_READS, |_| ());
+    rig.ready();
+    let (first, second) = (rig.dir.path().join("first"), rig.dir.path().join("second"));
+    let mount = |volume: &str, target: &PathBuf| {
+        std::fs::create_dir_all(target).unwrap();
+        let config = serde_json::to_vec(&SLOW_READS).unwrap();
+        rig.keeper().mount(MountSpec::new(volume, target, config)).unwrap().device
+    };
+    // Numbers are given out again at once, unless somebody else is faster.
+    let reused = (0..20).any(|_| {
+        let device = mount("first", &first);
+        rig.ready();
+        rustix::mount::unmount(&first, rustix::mount::UnmountFlags::DETACH).unwrap();
+        if mount("second", &second) == device {
+            return true;
+        }
+        for volume in ["first", "second"] {
+            rig.keeper().unmount(volume, Duration::from_secs(5)).unwrap();
+        }
+        false
+    });
+    assert!(reused, "no device number was given out twice");
+    rig.wait("the second", |status| status.volume("second").unwrap().state == VolumeState::Served);
+    assert_eq!(rig.keeper().unmount("first", Duration::ZERO).unwrap(), TakenDown::Absent);
+    assert_eq!(probe(second.join("data"), Duration::from_secs(5)).unwrap().unwrap(), 1);
 }
 
 #[test]

@@ -107,6 +107,8 @@ impl Inner {
                     Now::File(FileVersion { size, mtime_ns, key: version })
                 }
                 Err(StoreError::NotFound(_)) => Now::Nothing,
+                // The next failed read asks again.
+                Err(_) if self.is_replaced(namespace.serial()) => return Ok(false),
                 Err(error) => return Err(MetadataError::from_store(&error)),
             };
             let (at, what, inner, serial) = (key.clone(), name.clone(), self.clone(), namespace.serial());

@@ -1,8 +1,8 @@
 //! Server-side apply that takes over nothing that belongs to somebody else.
 //!
 //! An object that exists is applied to only if its owner is ours, and then by its UID: the API server refuses when
-//! another one took its place. One that does not exist is applied without force, so that whoever makes it at the same
-//! moment has a conflict with us. What was applied is remembered, and not applied again until it or the object changes.
+//! another one took its place. One that does not exist is made as [`New`] says. What was applied is remembered, and not
+//! applied again until it or the object changes.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -13,8 +13,7 @@ use std::{
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::{
     Api, Resource, ResourceExt as _,
-    api::{DeleteParams, Patch, PatchParams, Preconditions},
-    core::PartialObjectMeta,
+    api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions},
     runtime::reflector::{ObjectRef, Store},
 };
 use parking_lot::Mutex;
@@ -45,6 +44,17 @@ pub enum ApplyError {
         #[source]
         source: CallError,
     },
+}
+
+/// How an object is made that does not exist.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum New {
+    /// Applied without force: whoever makes it at the same moment with other content has a conflict with us. Fields can
+    /// be taken back later.
+    Applied,
+    /// Created: whoever is first has it. For kinds of which we never take a field back; what is created is not forgotten
+    /// by the API server when it is no longer applied.
+    Created,
 }
 
 /// What was applied last, by UID of the owner and kind.
@@ -81,10 +91,11 @@ impl Applied {
     /// whether an object that exists was made for it. Returns the UID.
     pub async fn apply<K, V>(
         &self,
-        api: &Api<PartialObjectMeta<K>>,
+        api: &Api<K>,
         store: &Store<V>,
         owner: &str,
         object: &K,
+        new: New,
         ours: impl Fn(&ObjectMeta) -> bool,
     ) -> Result<String, ApplyError>
     where
@@ -105,9 +116,18 @@ impl Applied {
         let mut key = ObjectRef::<V>::new(&name);
         key.namespace = object.namespace();
         let known = store.get(&key).map(|known| known.meta().clone());
+        if known.is_none() && new == New::Created {
+            let params = PostParams { field_manager: Some(MANAGER.into()), ..PostParams::default() };
+            match within(api.create(&params, object)).await {
+                Ok(created) => return Ok(self.note(owner, kind, asked, created.meta())),
+                // It is there after all.
+                Err(error) if error.is(409) => {}
+                Err(error) => return Err(failed(error)),
+            }
+        }
         let known = match known {
             Some(known) => Some(known),
-            None => within(api.get_opt(&name)).await.map_err(&failed)?.map(|known| known.metadata),
+            None => within(api.get_metadata_opt(&name)).await.map_err(&failed)?.map(|known| known.metadata),
         };
         let mut params = PatchParams::apply(MANAGER);
         if let Some(known) = &known {
@@ -124,10 +144,15 @@ impl Applied {
             body["metadata"]["uid"] = uid.into();
             params = params.force();
         }
-        let applied = within(api.patch(&name, &params, &Patch::Apply(&body))).await.map_err(&failed)?.metadata;
-        let mark = Mark { asked, state: state(&applied) };
+        let applied = within(api.patch_metadata(&name, &params, &Patch::Apply(&body))).await.map_err(&failed)?;
+        Ok(self.note(owner, kind, asked, &applied.metadata))
+    }
+
+    /// Remembers an application. The UID of the object.
+    fn note(&self, owner: &str, kind: String, asked: u64, meta: &ObjectMeta) -> String {
+        let mark = Mark { asked, state: state(meta) };
         self.0.lock().entry(owner.to_owned()).or_default().insert(kind, mark);
-        Ok(applied.uid.unwrap_or_default())
+        meta.uid.clone().unwrap_or_default()
     }
 
     fn last(&self, owner: &str, kind: &str) -> Option<Mark> {

@@ -55,9 +55,11 @@ pub struct Memory {
     pub failures: u32,
     /// When its numbers were last written, and how long they rest from then.
     pub numbers: Option<(Instant, Duration)>,
-    /// When its claim was last touched.
-    pub touched: Option<Instant>,
-    /// When its pods' users were last listed.
+    /// When its claim was last touched, and how long it rests from then.
+    pub touched: Option<(Instant, Duration)>,
+    /// When its claim began to go.
+    pub deleting: Option<Instant>,
+    /// When the pods that use its claim were last listed.
     pub listed: Option<Instant>,
     /// When workers began to forget it.
     pub forgetting: Option<Instant>,
@@ -70,6 +72,22 @@ impl Memory {
         let (written, rest) =
             *self.numbers.get_or_insert_with(|| (now, rand::rng().random_range(Duration::ZERO..NUMBERS)));
         rest.checked_sub(now.duration_since(written)).filter(|rest| !rest.is_zero())
+    }
+}
+
+impl Memory {
+    /// Takes a turn that comes with pauses from the first to the last of `pauses`, each twice as long as the one before.
+    /// `Some`: it is not time yet.
+    pub fn touch(&mut self, now: Instant, pauses: (Duration, Duration)) -> Option<Duration> {
+        let next = match self.touched {
+            None => pauses.0,
+            Some((at, pause)) => match pause.checked_sub(now.duration_since(at)).filter(|rest| !rest.is_zero()) {
+                Some(rest) => return Some(rest),
+                None => (pause * 2).min(pauses.1),
+            },
+        };
+        self.touched = Some((now, next));
+        None
     }
 }
 
@@ -174,5 +192,35 @@ pub async fn within<T>(call: impl Future<Output = kube::Result<T>>) -> Result<T,
     match tokio::time::timeout(CALL, call).await {
         Ok(answer) => answer.map_err(CallError::Api),
         Err(_) => Err(CallError::Deadline),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn turns_come_less_and_less_often() {
+        let pauses = (Duration::from_secs(1), Duration::from_secs(3));
+        let start = Instant::now();
+        let mut memory = Memory::default();
+        let at = |seconds: u64| start + Duration::from_secs(seconds);
+        assert_eq!(memory.touch(at(0), pauses), None);
+        assert_eq!(memory.touch(at(0), pauses), Some(Duration::from_secs(1)));
+        assert_eq!(memory.touch(at(1), pauses), None);
+        assert_eq!(memory.touch(at(2), pauses), Some(Duration::from_secs(1)));
+        assert_eq!(memory.touch(at(3), pauses), None);
+        assert_eq!(memory.touch(at(3), pauses), Some(Duration::from_secs(3)));
+    }
+
+    #[test]
+    fn numbers_rest_after_they_were_written() {
+        let start = Instant::now();
+        let mut memory = Memory { numbers: Some((start, NUMBERS)), ..Memory::default() };
+        assert_eq!(memory.rest(start), Some(NUMBERS));
+        assert_eq!(memory.rest(start + NUMBERS), None);
+        // An operator that begins does not write all at once.
+        let first = Memory::default().rest(start);
+        assert!(first.is_none_or(|rest| rest <= NUMBERS));
     }
 }

@@ -24,8 +24,6 @@ use crate::{
     labels::Owner,
 };
 
-/// How often a claim that is not bound yet is looked at.
-const BINDING: Duration = Duration::from_millis(1000);
 /// How often a Dataset is looked at that waits for somebody whom nobody tells us about, such as a foreign claim to go.
 const AGAIN: Duration = Duration::from_secs(5);
 
@@ -57,8 +55,11 @@ pub async fn reconcile(dataset: Arc<Dataset>, context: Arc<Context>) -> Result<A
         return delete::step(&context, &dataset, &owner, &found).await;
     }
     if !finalizer::is_set(&dataset) {
-        // The change brings us back here.
+        // The change brings us back here. Workers are asked soon whether they have it.
         finalizer::set(&context, &dataset).await.map_err(doing("adding the finalizer"))?;
+        if let Some(uid) = found.runtime.as_ref().and_then(|runtime| runtime.metadata.uid.as_deref()) {
+            context.observations.wake(uid);
+        }
         return Ok(Action::requeue(AGAIN));
     }
     let valid = validate::validate(&dataset, owner);
@@ -67,7 +68,7 @@ pub async fn reconcile(dataset: Arc<Dataset>, context: Arc<Context>) -> Result<A
     match outcome {
         Outcome::Failed(message) => Err(DatasetError::Apply(message)),
         Outcome::Bound => Ok(Action::requeue(rest.unwrap_or_else(resync))),
-        Outcome::Binding(_) => Ok(Action::requeue(BINDING)),
+        Outcome::Binding(_, pause) => Ok(Action::requeue(pause)),
         Outcome::NameTaken(_) | Outcome::Invalid(_) => Ok(Action::requeue(AGAIN)),
     }
 }

@@ -52,12 +52,12 @@ impl Events {
     }
 }
 
-/// What deserves an event: a condition that changed, but not that trouble is over (that it is ready says so) or that
-/// nothing is under way; each reason once.
+/// What deserves an event: a condition that changed, but not that trouble is over (that it is ready says so) nor what is
+/// under way; each reason once.
 fn news<'a>(before: &[Condition], findings: &'a [Finding]) -> Vec<&'a Finding> {
     let mut news: Vec<&Finding> = Vec::new();
     for finding in findings {
-        let quiet = !finding.status && [DEGRADED, PROGRESSING].contains(&finding.kind);
+        let quiet = finding.kind == PROGRESSING || (finding.kind == DEGRADED && !finding.status);
         if !quiet && finding.is_news(before) && news.iter().all(|other| other.reason != finding.reason) {
             news.push(finding);
         }

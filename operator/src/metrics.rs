@@ -115,6 +115,9 @@ mod tests {
         if std::env::var_os("UPDATE_DOCS").is_some() {
             std::fs::write(&file, &page).unwrap();
         }
-        assert!(std::fs::read_to_string(file).unwrap() == page, "run UPDATE_DOCS=1 cargo test -p forebay-operator metrics");
+        assert!(
+            std::fs::read_to_string(file).unwrap() == page,
+            "run UPDATE_DOCS=1 cargo test -p forebay-operator metrics"
+        );
     }
 }

@@ -29,6 +29,8 @@ use tracing::debug;
 
 use self::book::{Answer, Book};
 pub use self::book::{DatasetSeen, RuntimeSeen, ScanState};
+#[cfg(test)]
+pub use self::book::{Problem, ScanSeen, WorkerSeen};
 use crate::{context::Context, labels::Owner};
 
 /// How often workers are asked, and how much more of it each worker costs: 300 are asked every 3 s, 1,000 every 10 s.

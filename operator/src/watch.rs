@@ -8,6 +8,7 @@
 
 mod pauses;
 mod queue;
+mod ripples;
 
 use std::{hash::Hash, sync::Arc};
 
@@ -33,8 +34,8 @@ use serde::de::DeserializeOwned;
 use tokio::task::JoinSet;
 use tracing::warn;
 
-use self::pauses::Pauses;
 pub use self::queue::Queue;
+use self::{pauses::Pauses, ripples::Ripples};
 use crate::{
     labels::{self, DATASET, RUNTIME, SELECTOR},
     views::{ClaimView, VolumeView, WorkerPod},
@@ -73,9 +74,7 @@ pub struct Queues {
 impl Stores {
     /// Datasets of a CacheRuntime.
     pub fn datasets_of(&self, namespace: &str, runtime: &str) -> Vec<Arc<Dataset>> {
-        self.datasets.state_filter(|dataset| {
-            dataset.spec.runtime_ref.name == runtime && dataset.metadata.namespace.as_deref() == Some(namespace)
-        })
+        datasets_of(&self.datasets, namespace, runtime)
     }
 
     /// Waits until every store is complete.
@@ -111,6 +110,12 @@ impl Stores {
     }
 }
 
+fn datasets_of(datasets: &Store<Dataset>, namespace: &str, runtime: &str) -> Vec<Arc<Dataset>> {
+    datasets.state_filter(|dataset| {
+        dataset.spec.runtime_ref.name == runtime && dataset.metadata.namespace.as_deref() == Some(namespace)
+    })
+}
+
 /// Begins all watches; they run until `tasks` is dropped.
 pub fn start(client: &Client, queues: &Queues, tasks: &mut JoinSet<()>) -> Arc<Stores> {
     let (datasets, datasets_writer) = reflector::store();
@@ -138,17 +143,8 @@ pub fn start(client: &Client, queues: &Queues, tasks: &mut JoinSet<()>) -> Arc<S
         datasets: watches.datasets.clone(),
         runtimes: watches.runtimes.clone(),
     };
-    watches.own(all.clone(), datasets_writer, |queues, stores, dataset: Option<&Dataset>| match dataset {
-        Some(dataset) => queues.datasets.push(ObjectRef::from_obj(dataset)),
-        None => queues.datasets.push_all(&stores.0),
-    });
-    watches.own(all, runtimes_writer, |queues, stores, runtime: Option<&CacheRuntime>| match runtime {
-        Some(runtime) => queues.runtimes.push(ObjectRef::from_obj(runtime)),
-        None => {
-            queues.runtimes.push_all(&stores.1);
-            queues.datasets.push_all(&stores.0);
-        }
-    });
+    watches.datasets(all.clone(), datasets_writer);
+    watches.runtimes(all, runtimes_writer);
     Arc::new(stores)
 }
 
@@ -161,17 +157,41 @@ struct Watches<'a> {
 }
 
 impl Watches<'_> {
-    /// Watches a kind of ours. `tell` is called with each object that changed, and with `None` for all of them.
-    fn own<K>(
-        &mut self,
-        config: watcher::Config,
-        writer: Writer<K>,
-        tell: impl Fn(&Queues, &(Store<Dataset>, Store<CacheRuntime>), Option<&K>) + Send + 'static,
-    ) where
-        K: Watched,
-    {
-        let (queues, stores) = (self.queues.clone(), (self.datasets.clone(), self.runtimes.clone()));
-        self.tasks.spawn(follow(self.client, config, writer, move |object| tell(&queues, &stores, object)));
+    fn datasets(&mut self, config: watcher::Config, writer: Writer<Dataset>) {
+        let (queue, all) = (self.queues.datasets.clone(), self.datasets.clone());
+        self.tasks.spawn(follow(self.client, config, writer, move |change| match change {
+            Change::Put(dataset) | Change::Gone(dataset) => queue.push(ObjectRef::from_obj(dataset)),
+            Change::All => queue.push_all(&all),
+        }));
+    }
+
+    fn runtimes(&mut self, config: watcher::Config, writer: Writer<CacheRuntime>) {
+        let (queues, all, datasets) = (self.queues.clone(), self.runtimes.clone(), self.datasets.clone());
+        let ripples = Ripples::default();
+        let tell_datasets = move |runtime: &CacheRuntime| {
+            let namespace = runtime.metadata.namespace.as_deref().unwrap_or_default();
+            let name = runtime.metadata.name.as_deref().unwrap_or_default();
+            for dataset in datasets_of(&datasets, namespace, name) {
+                queues.datasets.push(ObjectRef::from_obj(&*dataset));
+            }
+        };
+        let (queues, datasets) = (self.queues.clone(), self.datasets.clone());
+        self.tasks.spawn(follow(self.client, config, writer, move |change| match change {
+            Change::Put(runtime) => {
+                queues.runtimes.push(ObjectRef::from_obj(runtime));
+                if ripples.changed(runtime) {
+                    tell_datasets(runtime);
+                }
+            }
+            Change::Gone(runtime) => {
+                ripples.gone(runtime);
+                tell_datasets(runtime);
+            }
+            Change::All => {
+                queues.runtimes.push_all(&all);
+                queues.datasets.push_all(&datasets);
+            }
+        }));
     }
 
     /// Watches a kind that belongs to Datasets.
@@ -182,9 +202,9 @@ impl Watches<'_> {
     ) -> Store<K> {
         let (store, writer) = reflector::store();
         let (queue, all) = (self.queues.datasets.clone(), self.datasets.clone());
-        self.tasks.spawn(follow(self.client, config, writer, move |object| match object {
-            Some(object) => owner(object).into_iter().for_each(|owner| queue.push(owner)),
-            None => queue.push_all(&all),
+        self.tasks.spawn(follow(self.client, config, writer, move |change| match change {
+            Change::Put(object) | Change::Gone(object) => owner(object).into_iter().for_each(|owner| queue.push(owner)),
+            Change::All => queue.push_all(&all),
         }));
         store
     }
@@ -193,16 +213,25 @@ impl Watches<'_> {
     fn children<K: Watched>(&mut self, config: watcher::Config) -> Store<K> {
         let (store, writer) = reflector::store();
         let (queue, all) = (self.queues.runtimes.clone(), self.runtimes.clone());
-        self.tasks.spawn(follow(self.client, config, writer, move |object: Option<&K>| match object {
-            Some(object) => {
+        self.tasks.spawn(follow(self.client, config, writer, move |change: Change<'_, K>| match change {
+            Change::Put(object) | Change::Gone(object) => {
                 if let (Some(name), Some(namespace)) = (object.labels().get(labels::RUNTIME), object.namespace()) {
                     queue.push(ObjectRef::new(name).within(&namespace));
                 }
             }
-            None => queue.push_all(&all),
+            Change::All => queue.push_all(&all),
         }));
         store
     }
+}
+
+/// What happened to objects of a kind.
+enum Change<'a, K> {
+    /// It is new, or changed.
+    Put(&'a K),
+    Gone(&'a K),
+    /// The store was filled anew; whatever was missed is not known.
+    All,
 }
 
 /// What can be watched.
@@ -212,13 +241,12 @@ impl<K> Watched for K where
 {
 }
 
-/// Keeps a store up to date. `tell` is called with each object that changed or went, and with `None` when the store was
-/// filled anew.
+/// Keeps a store up to date. `tell` is called after each change of it.
 fn follow<K: Watched>(
     client: &Client,
     config: watcher::Config,
     writer: Writer<K>,
-    tell: impl Fn(Option<&K>) + Send + 'static,
+    tell: impl Fn(Change<'_, K>) + Send + 'static,
 ) -> impl Future<Output = ()> + Send + 'static
 where
     K::DynamicType: Eq + Hash,
@@ -230,8 +258,9 @@ where
         let mut events = std::pin::pin!(events);
         while let Some(event) = events.next().await {
             match event {
-                Ok(watcher::Event::Apply(object) | watcher::Event::Delete(object)) => tell(Some(&object)),
-                Ok(watcher::Event::InitDone) => tell(None),
+                Ok(watcher::Event::Apply(object)) => tell(Change::Put(&object)),
+                Ok(watcher::Event::Delete(object)) => tell(Change::Gone(&object)),
+                Ok(watcher::Event::InitDone) => tell(Change::All),
                 Ok(watcher::Event::Init | watcher::Event::InitApply(_)) => {}
                 Err(error) => warn!(%kind, %error, "a watch failed and is tried again"),
             }

@@ -34,7 +34,8 @@ impl RuntimeKey {
     fn proof(&self, label: &[u8], client_hello: &[u8], server_hello: &[u8]) -> [u8; 32] {
         // HMAC takes keys of any length, so a 32-byte key is never refused.
         #[allow(clippy::expect_used)]
-        let mut mac = <Hmac<Sha256> as KeyInit>::new_from_slice(self.expose()).expect("any key length is valid for HMAC");
+        let mut mac =
+            <Hmac<Sha256> as KeyInit>::new_from_slice(self.expose()).expect("any key length is valid for HMAC");
         mac.update(label);
         mac.update(client_hello);
         mac.update(server_hello);

@@ -1,6 +1,6 @@
 //! One request's view of a chunk: its blocks in order, as they become valid.
 
-use std::{collections::VecDeque, ops::Range, sync::Arc};
+use std::{collections::VecDeque, ops::Range, sync::Arc, time::Duration};
 
 use forebay_cache_store::{Chunk, ChunkSpec, Extent};
 use forebay_protocol::{BLOCK_SIZE, ChunkKey, DatasetPath, FileVersion, frame::MAX_DATA_BLOCKS};
@@ -14,6 +14,8 @@ use crate::dataset::Dataset;
 
 /// How often blocks may vanish under a reader (evicted, or found damaged) before it is told that something is wrong.
 const ATTEMPTS: u32 = 8;
+/// How long a pin may take: the store gives up after 30 s, when it cannot make room or its index cannot be written.
+const PIN_DEADLINE: Duration = Duration::from_secs(35);
 
 /// Neighbouring blocks, at most [`MAX_DATA_BLOCKS`].
 pub(crate) enum Piece {
@@ -55,6 +57,8 @@ pub(crate) struct BlockReader {
     /// For each of `blocks` the run that the reader waits for.
     attached: VecDeque<Option<Arc<Run>>>,
     attempts: u32,
+    /// The disk did not answer in time: this reader takes nothing from it any more.
+    without_disk: bool,
     /// Blocks that were valid when the request came.
     pub(crate) hits: u32,
     /// The others.
@@ -108,7 +112,7 @@ impl FillEngine {
 
     async fn open(&self, wanted: Wanted, class: Class, fetch: bool, verify: bool) -> Result<BlockReader, FillError> {
         let (store, spec, key, range) = (self.store().clone(), wanted.spec(), wanted.key, wanted.blocks.clone());
-        let (chunk, hits, ready) = blocking(move || {
+        let look = move || {
             let Some(chunk) = store.chunk(&spec, fetch) else { return (None, 0, VecDeque::new()) };
             if verify {
                 chunk.verify_again(range.start, range.end - range.start);
@@ -116,8 +120,10 @@ impl FillEngine {
             let hits = range.clone().filter(|block| chunk.is_valid(*block)).count() as u32;
             let ready = stored_pieces(&chunk, key, range);
             (Some(chunk), hits, ready)
-        })
-        .await?;
+        };
+        let found = self.inner.disk.call(look).await?;
+        let without_disk = found.is_none();
+        let (chunk, hits, ready) = found.unwrap_or_default();
         let count = wanted.count();
         let held = ready_blocks(&ready) == count;
         if !held && !fetch {
@@ -125,6 +131,7 @@ impl FillEngine {
         }
         let mut reader = BlockReader::new(self, wanted, class, chunk, ready);
         (reader.hits, reader.misses) = (hits, count - hits);
+        reader.without_disk = without_disk;
         if !held {
             reader.attach();
         }
@@ -135,11 +142,16 @@ impl FillEngine {
     /// fetched. With `pinned`, the chunk is pinned first, so that its place is kept.
     pub(crate) async fn load(&self, wanted: Wanted, pinned: bool) -> Result<u32, FillError> {
         let (store, spec) = (self.store().clone(), wanted.spec());
-        let chunk = blocking(move || match pinned {
-            true => store.pinned_chunk(&spec).map(Some).map_err(|error| FillError::NotPinned(error.to_string().into())),
-            false => Ok(store.chunk(&spec, true)),
-        })
-        .await??;
+        let disk = &self.inner.disk;
+        let chunk = if pinned {
+            let pinning =
+                disk.call_within(PIN_DEADLINE, move || store.pinned_chunk(&spec).map_err(|error| error.to_string()));
+            let late = || Err(disk.problem().unwrap_or_else(|| "the cache disk does not answer".to_owned()));
+            let chunk = pinning.await?.unwrap_or_else(late);
+            Some(chunk.map_err(|problem| FillError::NotPinned(problem.into()))?)
+        } else {
+            disk.call(move || store.chunk(&spec, true)).await?.flatten()
+        };
         let Some(chunk) = chunk else { return Ok(wanted.count()) };
         let mut reader = BlockReader::new(self, wanted, Class::Background, Some(chunk), VecDeque::new());
         reader.attach();
@@ -169,6 +181,7 @@ impl BlockReader {
             fill: None,
             attached: VecDeque::new(),
             attempts: 0,
+            without_disk: false,
             hits: 0,
             misses: 0,
         }
@@ -190,6 +203,9 @@ impl BlockReader {
         loop {
             if self.blocks.is_empty() {
                 return Ok(None);
+            }
+            if !self.ready.is_empty() && self.engine.inner.disk.is_hung() {
+                self.leave_disk();
             }
             if let Some(piece) = self.ready.pop_front() {
                 self.advance(piece_blocks(&piece));
@@ -255,8 +271,12 @@ impl BlockReader {
         let Some(chunk) = self.valid_chunk() else { return Ok(false) };
         let end = self.blocks.clone().find(|block| !chunk.is_valid(*block)).unwrap_or(self.blocks.end);
         let (key, range) = (self.key, self.blocks.start..end);
-        let target = chunk.clone();
-        self.ready = blocking(move || stored_pieces(&target, key, range)).await?;
+        let look = move || stored_pieces(&chunk, key, range);
+        let Some(ready) = self.engine.inner.disk.call(look).await? else {
+            self.leave_disk();
+            return Ok(false);
+        };
+        self.ready = ready;
         if self.ready.is_empty() {
             // Found damaged just now: it is no longer valid and must be fetched.
             self.try_again()?;
@@ -264,8 +284,18 @@ impl BlockReader {
         Ok(!self.ready.is_empty())
     }
 
+    /// From now on everything comes from the source.
+    fn leave_disk(&mut self) {
+        self.without_disk = true;
+        self.chunk = None;
+        self.ready.clear();
+    }
+
     /// The chunk in which the next block is valid: the reader's own, or the one that its run has written to.
     fn valid_chunk(&self) -> Option<Arc<Chunk>> {
+        if self.without_disk {
+            return None;
+        }
         let valid = |chunk: &&Arc<Chunk>| chunk.is_valid(self.blocks.start);
         let run = self.attached.front().and_then(Option::as_ref);
         self.chunk.as_ref().filter(valid).or(run.and_then(|run| run.chunk.as_ref()).filter(valid)).cloned()
@@ -339,11 +369,6 @@ fn piece_blocks(piece: &Piece) -> u32 {
 
 fn ready_blocks(pieces: &VecDeque<Piece>) -> u32 {
     pieces.iter().map(piece_blocks).sum()
-}
-
-/// Disk input/output off the runtime's threads.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, FillError> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| FillError::internal(format!("a disk task failed: {error}")))
 }
 
 const _: () = assert!(BLOCK_SIZE * CHUNK_BLOCKS as u64 == forebay_protocol::CHUNK_SIZE);

@@ -2,7 +2,7 @@
 //!
 //! The receiving half checks nothing but lengths (the store has compared the version); it computes each block's checksum,
 //! hands the block to waiters, and queues it for the writing half, which makes neighbouring blocks one write. When the
-//! disk refuses, the run goes on in memory.
+//! disk refuses, or does not answer, the run goes on in memory.
 
 use std::{
     future::Future,
@@ -18,7 +18,7 @@ use forebay_cache_store::{Chunk, WriteError};
 use forebay_protocol::{BLOCK_SIZE, block_checksum};
 use futures::{StreamExt, stream};
 use tokio::{
-    sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit, mpsc, oneshot},
     time::timeout,
 };
 use tracing::{debug, warn};
@@ -41,7 +41,7 @@ pub(super) struct Run {
     pub(super) changed: Notify,
     /// A waiter has gone.
     pub(super) reconsider: Notify,
-    /// A reader waits, though the run began in the background.
+    /// A reader waits for what another request fetches, perhaps in the background.
     promoted: Notify,
     demand: AtomicBool,
     bypass: AtomicBool,
@@ -79,11 +79,19 @@ impl Run {
         self.bypass.store(true, Ordering::Relaxed);
     }
 
-    /// A reader waits for it now.
+    /// A reader waits for it now, besides the request that began it.
     pub(super) fn promote(&self) {
-        if !self.demand.swap(true, Ordering::Relaxed) {
-            // One permit is kept for a waiter that comes later, so this is not lost.
-            self.promoted.notify_one();
+        self.demand.store(true, Ordering::Relaxed);
+        // One permit is kept for a waiter that comes later, so this is not lost.
+        self.promoted.notify_one();
+    }
+
+    /// Waits for its turn among the runs of its request. A run that somebody else waits for has it at once: who asked
+    /// for the end of a chunk does not wait for the load that began at its beginning.
+    async fn place<'a>(&self, places: &'a Semaphore) -> Option<SemaphorePermit<'a>> {
+        tokio::select! {
+            place = places.acquire() => place.ok(),
+            () = self.promoted.notified() => None,
         }
     }
 
@@ -137,33 +145,42 @@ impl Drop for Ending {
     }
 }
 
-/// Fetches runs, a few at a time, in order.
+/// Fetches runs in order: a few at a time, and those that are promoted. All of them wait here (a chunk has 512 at most,
+/// when every second block is held), so that each can hear of its promotion.
 pub(super) fn drive(fill: Arc<ChunkFill>, runs: Vec<Arc<Run>>) -> impl Future<Output = ()> + Send {
     // Guards first: a task that never gets to run ends its runs too.
     let endings: Vec<Ending> = runs.into_iter().map(|run| Ending { fill: fill.clone(), run }).collect();
-    stream::iter(endings).for_each_concurrent(RUNS_PER_REQUEST, |ending| async move {
-        let (fill, run) = (ending.fill.clone(), ending.run.clone());
-        let stop = fill.engine.inner.stop.clone();
-        let outcome = tokio::select! {
-            outcome = fetch(&fill, &run) => outcome,
-            () = stop.cancelled() => Err(FillError::Stopping),
-            () = fill.dataset.closed() => Err(FillError::Stopping),
-        };
-        let metrics = &fill.dataset.metrics;
-        match &outcome {
-            Ok(()) | Err(FillError::Stopping | FillError::NotHeld) => {}
-            Err(FillError::VersionGone(message)) => {
-                metrics.version_conflicts.inc();
-                debug!(dataset = %fill.dataset.name, path = %fill.path, %message, "the source has another version");
-                announce_conflict(&fill).await;
-            }
-            Err(error) => {
-                metrics.fill_errors.inc();
-                fill.dataset.source_failed(error);
-            }
+    async move {
+        let places = Semaphore::new(RUNS_PER_REQUEST);
+        stream::iter(endings).for_each_concurrent(None, |ending| drive_one(ending, &places)).await;
+    }
+}
+
+async fn drive_one(ending: Ending, places: &Semaphore) {
+    let (fill, run) = (ending.fill.clone(), ending.run.clone());
+    let fetching = async {
+        let _place = run.place(places).await;
+        fetch(&fill, &run).await
+    };
+    let outcome = tokio::select! {
+        outcome = fetching => outcome,
+        () = fill.engine.inner.stop.cancelled() => Err(FillError::Stopping),
+        () = fill.dataset.closed() => Err(FillError::Stopping),
+    };
+    let metrics = &fill.dataset.metrics;
+    match &outcome {
+        Ok(()) | Err(FillError::Stopping | FillError::NotHeld) => {}
+        Err(FillError::VersionGone(message)) => {
+            metrics.version_conflicts.inc();
+            debug!(dataset = %fill.dataset.name, path = %fill.path, %message, "the source has another version");
+            announce_conflict(&fill).await;
         }
-        ending.with(outcome);
-    })
+        Err(error) => {
+            metrics.fill_errors.inc();
+            fill.dataset.source_failed(error);
+        }
+    }
+    ending.with(outcome);
 }
 
 /// Lets the metadata look again, for a bounded time.
@@ -190,11 +207,10 @@ async fn fetch(fill: &Arc<ChunkFill>, run: &Arc<Run>) -> Result<(), FillError> {
     if fill.give_up(run) {
         return Ok(());
     }
-    let (store, key) = dataset.namespace().resolve(&fill.path).ok_or_else(nowhere)?;
     let size = fill.version.size;
     let start = offset_of(fill.key.index, run.blocks.start);
     let end = size.min(offset_of(fill.key.index, run.blocks.end));
-    let mut body = store.get(&key, &fill.version.key, size, start..end).await?;
+    let mut body = dataset.get(&fill.path, &fill.version, start..end).await?.ok_or_else(nowhere)?;
 
     let (queue, queued) = mpsc::channel(WRITE_BATCH);
     let receiving = async {
@@ -290,7 +306,7 @@ async fn write_behind(fill: &Arc<ChunkFill>, run: &Arc<Run>, mut queued: mpsc::R
             continue;
         }
         let target = chunk.clone();
-        let written = tokio::task::spawn_blocking(move || {
+        let write = move || {
             let checksums: Vec<u32> = blocks.iter().map(|block| block.checksum).collect();
             match &blocks[..] {
                 [one] => target.write(first, &one.bytes, &checksums),
@@ -300,21 +316,21 @@ async fn write_behind(fill: &Arc<ChunkFill>, run: &Arc<Run>, mut queued: mpsc::R
                     target.write(first, &all, &checksums)
                 }
             }
-        })
-        .await;
-        match written {
-            Ok(Ok(())) => {
+        };
+        match fill.engine.inner.disk.call(write).await {
+            Ok(Some(Ok(()))) => {
                 fill.stored(run, range);
                 continue;
             }
-            // Not admitted any more; the tier's state says why.
-            Ok(Err(WriteError::Refused(_))) => {}
-            Ok(Err(error)) => {
+            // Not admitted any more, and the tier's state says why; or not written in time.
+            Ok(Some(Err(WriteError::Refused(_))) | None) => {}
+            Ok(Some(Err(error))) => {
                 fill.engine.inner.metrics.disk_write_errors.inc();
                 debug!(%error, "blocks stay in memory");
             }
             Err(error) => warn!(%error, "writing a chunk failed"),
         }
+        // The queue goes on, without the disk: later blocks reach their readers.
         fill.dataset.metrics.bypassed_bytes.inc_by(bytes);
         fill.not_stored(run);
     }

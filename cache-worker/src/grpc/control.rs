@@ -104,7 +104,7 @@ impl Control for ControlService {
         // In this order: what goes over from the one to the other is in one at least.
         let served =
             if dataset.is_empty() { Ok(self.worker.datasets.all()) } else { self.dataset(&dataset).map(|d| vec![d]) };
-        let wiping: Vec<DatasetId> = self.worker.datasets.wiping().into_iter().filter(asked).collect();
+        let wiping: Vec<DatasetId> = self.worker.datasets.unserved().into_iter().filter(asked).collect();
         let served = match served {
             Err(_) if !wiping.is_empty() => Vec::new(),
             served => served?,

@@ -18,7 +18,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::harness::{Cluster, MIB, contents, eventually, files_below, generate, path};
+use crate::harness::{Cluster, MIB, contents, eventually, files_below, generate, http, metrics, path};
 
 async fn data(cluster: &Cluster) -> TcpStream {
     transport::connect(&cluster.workers[0].address().to_string(), &cluster.key, ConnectionPurpose::Data).await.unwrap()
@@ -93,21 +93,8 @@ async fn strangers_do_no_harm() {
         closed(stream).await;
     }
     cluster.check("/f", 1, 2 * MIB).await;
-    let metrics = cluster_metrics(&cluster).await;
+    let metrics = metrics(&cluster).await;
     assert!(metrics.contains("forebay_worker_handshakes_failed_total"), "{metrics}");
-}
-
-async fn cluster_metrics(cluster: &Cluster) -> String {
-    http(cluster, "/metrics").await
-}
-
-async fn http(cluster: &Cluster, path: &str) -> String {
-    let mut stream = TcpStream::connect(cluster.workers[0].metrics_address()).await.unwrap();
-    let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).await.unwrap();
-    let mut text = String::new();
-    stream.read_to_string(&mut text).await.unwrap();
-    text
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -156,7 +143,7 @@ async fn broken_frames_end_their_connection_only() {
     }
     cluster.store.set_latency(Duration::ZERO);
     cluster.check("/f", 1, 2 * MIB).await;
-    let metrics = cluster_metrics(&cluster).await;
+    let metrics = metrics(&cluster).await;
     assert!(metrics.contains("forebay_worker_protocol_errors_total 10"), "{metrics}");
 }
 
@@ -185,7 +172,7 @@ async fn too_many_requests_are_busy_and_cancel_frees() {
     }
     stream.write_all(&frames).await.unwrap();
     eventually("room on the connection", || async {
-        cluster_metrics(&cluster).await.contains("forebay_worker_requests_in_flight 0")
+        metrics(&cluster).await.contains("forebay_worker_requests_in_flight 0")
     })
     .await;
     cluster.store.set_latency(Duration::ZERO);

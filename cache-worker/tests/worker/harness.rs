@@ -17,12 +17,20 @@ use forebay_protocol::{
     DatasetId, DatasetPath, FileVersion,
     handshake::RuntimeKey,
     table::{Member, MemberState, WorkerTable},
-    worker::{DatasetStatus, RefreshRequest, ScanProgress, ScanState, StatusRequest, StatusResponse},
+    worker::{
+        DatasetStatus, LoadProgress, LoadRequest, RefreshRequest, ScanProgress, ScanState, StatusRequest,
+        StatusResponse,
+    },
 };
 use forebay_test_store::{Options, TestStore};
 use forebay_under_store::{Limits, S3Addressing, S3Credentials, S3Options, SourceSpec};
 use tempfile::TempDir;
-use tokio::{runtime::Runtime, sync::watch};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    runtime::Runtime,
+    sync::watch,
+};
 use tonic::Status;
 
 pub(crate) const BUCKET: &str = "data";
@@ -357,6 +365,28 @@ pub(crate) fn source(store: &TestStore, prefix: &str) -> SourceSpec {
             session_token: None,
         }),
     }
+}
+
+/// Has the first worker load what is below a path.
+pub(crate) async fn begin_load(cluster: &Cluster, path: &'static str) -> tonic::Streaming<LoadProgress> {
+    let mut control = cluster.client.control("w-0").await.unwrap();
+    let request = LoadRequest { dataset: cluster.id.to_bytes(), path: Bytes::from_static(path.as_bytes()) };
+    control.load(request).await.unwrap().into_inner()
+}
+
+/// The metrics of the first worker.
+pub(crate) async fn metrics(cluster: &Cluster) -> String {
+    http(cluster, "/metrics").await
+}
+
+/// What the metrics server of the first worker answers.
+pub(crate) async fn http(cluster: &Cluster, path: &str) -> String {
+    let mut stream = TcpStream::connect(cluster.workers[0].metrics_address()).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.unwrap();
+    text
 }
 
 /// A source at a path.

@@ -2,9 +2,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test stops where it cannot go on")]
 
 mod control;
+mod disk;
 mod faults;
 mod garbage;
 mod harness;
+mod hung;
 mod reads;
 mod restarts;
 mod sources;

@@ -2,10 +2,13 @@
 
 use std::{sync::Arc, time::Duration};
 
+use forebay_cache_worker::WorkerOptions;
 use forebay_client::ClientError;
 use forebay_test_store::{Action, Fault, Verb};
 
-use crate::harness::{BLOCK, Cluster, MIB, eventually, read_at};
+use crate::harness::{BLOCK, Cluster, MIB, begin_load, eventually, metrics, read_at};
+
+const FOREVER: Duration = Duration::from_secs(3600);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn cold_then_warm() {
@@ -52,8 +55,8 @@ async fn random_reads_are_exact() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sixty_four_readers_are_one_fetch() {
-    // One worker: a client that takes a slow one for dead has others fetch the same.
-    let cluster = Arc::new(Cluster::start(1).await);
+    // One worker: a client that takes a slow one for dead has others fetch the same. Nor is a slow answer asked for twice.
+    let cluster = Arc::new(Cluster::start_with(1, patient, |_| {}).await);
     let size = 24 * MIB;
     cluster.put_virtual("shared", 3, size);
     cluster.refresh("/").await;
@@ -77,7 +80,7 @@ async fn sixty_four_readers_are_one_fetch() {
     for reader in readers {
         reader.await.unwrap();
     }
-    assert_eq!(cluster.store.bytes_of("shared"), size);
+    assert_eq!(cluster.store.bytes_of("shared"), size, "{}", metrics(&cluster).await);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -110,7 +113,7 @@ async fn what_does_not_fit_is_read_through() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_small_budget_slows_but_does_not_stop() {
-    let small = |options: &mut forebay_cache_worker::WorkerOptions| options.memory_budget = 2 * BLOCK;
+    let small = |options: &mut WorkerOptions| options.memory_budget = 2 * BLOCK;
     let cluster = Cluster::start_with(1, small, |dataset| dataset.quota = Some(MIB)).await;
     let size = 16 * MIB;
     cluster.put_virtual("big", 9, size);
@@ -125,25 +128,42 @@ async fn a_small_budget_slows_but_does_not_stop() {
     }
 }
 
+/// Nothing of the source ends by itself before a reader's deadline (30 s) does.
+fn patient(options: &mut WorkerOptions) {
+    (options.limits.deadline, options.limits.progress_timeout) = (FOREVER, FOREVER);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stalled_load_holds_no_reader() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Cluster::start_with(1, patient, |_| {}).await;
     for i in 0..64 {
         cluster.put(&format!("slow/{i}"), i, MIB).await;
     }
     cluster.put("fast", 100, MIB).await;
     cluster.refresh("/").await;
-    cluster.store.faults().add(Fault::new(Action::Delay(Duration::from_secs(5))).on(Verb::Get).key("slow/"));
-    let mut control = cluster.client.control("w-0").await.unwrap();
-    let request = forebay_protocol::worker::LoadRequest {
-        dataset: cluster.id.to_bytes(),
-        path: bytes::Bytes::from_static(b"/slow"),
-    };
-    let _load = control.load(request).await.unwrap().into_inner();
+    cluster.store.faults().add(Fault::new(Action::Delay(FOREVER)).on(Verb::Get).key("slow/"));
+    let _load = begin_load(&cluster, "/slow").await;
     eventually("load under way", || async { cluster.store.counters().gets >= 16 }).await;
-    let start = std::time::Instant::now();
     cluster.check("/fast", 100, MIB).await;
-    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    // The load has not moved meanwhile.
+    assert_eq!(cluster.store.counters().bytes_out, MIB);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_of_the_end_does_not_wait_for_the_load_of_the_beginning() {
+    let cluster = Cluster::start_with(1, patient, |_| {}).await;
+    let size = 64 * MIB;
+    cluster.put_virtual("big", 5, size);
+    cluster.refresh("/").await;
+    // The chunk is eight runs, of which a load has four under way; these never end.
+    let stalled = cluster.store.faults().add(Fault::new(Action::Delay(FOREVER)).on(Verb::Get).key("big").times(4));
+    let _load = begin_load(&cluster, "/big").await;
+    eventually("load under way", || async { cluster.store.faults().hits(stalled) == 4 }).await;
+    let mut expected = vec![0; MIB as usize];
+    crate::harness::generate(5, size - MIB, &mut expected);
+    assert!(cluster.read("/big", size - MIB, MIB).await.unwrap() == expected);
+    let counters = cluster.store.counters();
+    assert_eq!((counters.gets, counters.bytes_out <= 8 * MIB), (5, true), "only the run of the reader");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

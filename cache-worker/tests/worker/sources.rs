@@ -237,3 +237,34 @@ async fn sources_come_and_go_under_readers_of_the_others() {
     let status = cluster.status(0).await;
     assert!(status.store_lists >= 3 && status.source_problem.is_empty(), "{}", status.source_problem);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn credentials_that_rotate_are_not_seen_by_readers() {
+    let cluster = Arc::new(Cluster::start(2).await);
+    for i in 0..4 {
+        cluster.put_virtual(&format!("f{i}"), i, 64 * MIB);
+    }
+    cluster.refresh("/").await;
+    cluster.store.set_latency(Duration::from_millis(20));
+    let readers: Vec<_> = (0..4)
+        .map(|i| {
+            let cluster = cluster.clone();
+            tokio::spawn(async move { cluster.check(&format!("/f{i}"), i, 64 * MIB).await })
+        })
+        .collect();
+    let good = source(&cluster.store, "");
+    let mut rounds = 0;
+    while !readers.iter().all(|reader| reader.is_finished()) {
+        rounds += 1;
+        // Others that are as good: the store does not look at the token.
+        let token = Some(format!("token-{rounds}"));
+        let credentials = good.credentials.clone().map(|keys| S3Credentials { session_token: token, ..keys });
+        cluster.configure(&[cluster.with_sources(vec![at("/", SourceSpec { credentials, ..good.clone() })])]);
+        tokio::time::sleep(Duration::from_millis(600)).await;
+    }
+    for reader in readers {
+        reader.await.unwrap();
+    }
+    assert!(rounds >= 2, "the readers were too fast");
+    assert_eq!(cluster.status(0).await.source_problem, "");
+}

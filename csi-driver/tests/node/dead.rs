@@ -23,13 +23,13 @@ use crate::{
 const TEARDOWN: Duration = Duration::from_secs(15);
 
 /// Reads with O_DIRECT all the time, so that each read is a request.
-struct Reader {
+pub(crate) struct Reader {
     stop: Arc<AtomicBool>,
     thread: std::thread::JoinHandle<std::io::Result<u64>>,
 }
 
 impl Reader {
-    fn start(mount: PathBuf) -> Self {
+    pub(crate) fn start(mount: PathBuf) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
@@ -51,7 +51,7 @@ impl Reader {
         Self { stop, thread }
     }
 
-    async fn finish(self) -> std::io::Result<u64> {
+    pub(crate) async fn finish(self) -> std::io::Result<u64> {
         self.stop.store(true, Ordering::Relaxed);
         eventually("the reader ends", || self.thread.is_finished()).await;
         self.thread.join().unwrap()
@@ -74,12 +74,17 @@ async fn daemons_killed_under_a_reader() {
     }
     assert!(reader.finish().await.unwrap() > 0);
 
-    // No daemon at all: what is asked waits, and what is taken down goes.
+    // No daemon at all: what is asked waits, no other pod gets the volume, and what is taken down goes.
     while let Some(daemon) = rig.daemons.pop() {
         daemon.kill();
     }
-    let other = rig.publish("v", "other").await.unwrap();
-    let waiting = tokio::spawn(async move { read(&other).await });
+    let mount = target.clone();
+    let waiting = tokio::spawn(async move { read(&mount).await });
+    rig.publish("v", "pod").await.unwrap();
+    let error = rig.publish("v", "other").await.unwrap_err();
+    assert_eq!(error.code(), Code::Unavailable);
+    assert!(error.message().contains("no FUSE daemon is connected"), "{error:?}");
+    rig.unpublish("v", "other").await.unwrap();
     let health = || async { rig.health("v", &target).await.unwrap().health_statuses };
     let deadline = Instant::now() + crate::rig::PATIENCE;
     while health().await.first().map(|health| (health.status(), health.reason.clone()))
@@ -93,7 +98,6 @@ async fn daemons_killed_under_a_reader() {
     let device = mounts_at(&target)[0].device.clone();
     let begun = Instant::now();
     rig.unpublish("v", "pod").await.unwrap();
-    rig.unpublish("v", "other").await.unwrap();
     rig.unstage("v").await.unwrap();
     assert!(begun.elapsed() < TEARDOWN, "{:?}", begun.elapsed());
     assert!(waiting.await.unwrap().is_err());
@@ -139,6 +143,7 @@ async fn a_connection_that_is_aborted_is_made_again() {
         let found = mounts_at(target);
         assert!(found.len() == 1 && found[0].device != device, "{found:?}");
     }
+    assert!(!rig.logged().contains("cannot mount beneath"), "there was a gap");
     // What was open stays dead, and does not keep the old connection from ending.
     assert!(std::io::Read::read(&mut &kept, &mut [0; 1]).is_err());
     drop(kept);
@@ -193,31 +198,67 @@ async fn a_stage_mount_that_was_taken_away() {
     rig.assert_clean();
 }
 
-/// The driver is killed and the keeper's record lost: mounts that nobody knows are taken over, or taken down.
+/// The driver is killed and the keeper's record lost: mounts that nobody knows are taken over, or taken down, whether
+/// daemons still serve them or not.
 #[tokio::test]
 async fn the_keepers_record_is_lost() {
     if !can_mount() {
         return;
     }
+    for daemons_live in [false, true] {
+        let mut rig = Rig::new().await;
+        for volume in ["v", "w"] {
+            rig.stage(volume).await.unwrap();
+            rig.publish(volume, volume).await.unwrap();
+        }
+        rig.kill();
+        std::fs::remove_dir_all(rig.state()).unwrap();
+        if !daemons_live {
+            rig.daemons.clear();
+        }
+        rig.start().await;
+        if !daemons_live {
+            rig.daemon();
+            rig.daemon();
+        }
+        assert_eq!(rig.mounts().len(), 4);
+        let target = rig.publish("v", "v").await.unwrap();
+        read(&target).await.unwrap();
+        assert_eq!(rig.health("w", &rig.target_path("w")).await.unwrap().health_statuses[0].reason, "DeadMount");
+        for volume in ["v", "w"] {
+            rig.unpublish(volume, volume).await.unwrap();
+            rig.unstage(volume).await.unwrap();
+        }
+        rig.assert_clean();
+    }
+}
+
+/// Driver and daemons are killed at the same time, so that nobody holds the descriptors: what is on record is found dead,
+/// and made again.
+#[tokio::test]
+async fn nobody_is_left() {
+    if !can_mount() {
+        return;
+    }
     let mut rig = Rig::new().await;
-    for volume in ["v", "w"] {
-        rig.stage(volume).await.unwrap();
-        rig.publish(volume, volume).await.unwrap();
-    }
+    rig.stage("v").await.unwrap();
+    let target = rig.publish("v", "pod").await.unwrap();
+    rig.node().node_publish_volume(rig.inline_request("csi-0a", "inline")).await.unwrap();
     rig.kill();
-    std::fs::remove_dir_all(rig.state()).unwrap();
-    rig.start().await;
     rig.daemons.clear();
+    assert!(read(&target).await.is_err());
+    rig.start().await;
     rig.daemon();
     rig.daemon();
-    assert_eq!(rig.mounts().len(), 4);
-    let target = rig.publish("v", "v").await.unwrap();
-    read(&target).await.unwrap();
-    assert_eq!(rig.health("w", &rig.target_path("w")).await.unwrap().health_statuses[0].reason, "DeadMount");
-    for volume in ["v", "w"] {
-        rig.unpublish(volume, volume).await.unwrap();
-        rig.unstage(volume).await.unwrap();
+    rig.publish("v", "pod").await.unwrap();
+    rig.node().node_publish_volume(rig.inline_request("csi-0a", "inline")).await.unwrap();
+    for pod in ["pod", "inline"] {
+        read(&rig.target_path(pod)).await.unwrap();
+        assert_eq!(mounts_at(&rig.target_path(pod)).len(), 1);
     }
+    rig.unpublish("v", "pod").await.unwrap();
+    rig.unpublish("csi-0a", "inline").await.unwrap();
+    rig.unstage("v").await.unwrap();
     rig.assert_clean();
 }
 

@@ -12,6 +12,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::{
     daemon::Trees,
+    dead::Reader,
     rig::{KEY, PATIENCE, Rig, can_mount, eventually, read, text},
 };
 
@@ -81,21 +82,51 @@ async fn registered_ready_and_ended() {
 
     let mounts = rig.mounts();
     let begun = Instant::now();
-    assert_eq!(rig.terminate().code(), Some(0));
+    assert_eq!(rig.terminate().await.code(), Some(0));
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     assert_eq!(rig.mounts(), mounts);
     let registry = rig.kubelet().join("plugins_registry");
     assert_eq!(std::fs::read_dir(registry).unwrap().count(), 0);
     assert!(!rig.endpoint().exists() && !rig.plugin().join("keeper/keeper.sock").exists());
+}
 
-    // The next one takes up what was left.
-    rig.start().await;
-    rig.daemons.clear();
-    rig.daemon();
-    rig.daemon();
+/// The driver is stopped, or killed, and started again under readers, who notice nothing.
+#[tokio::test]
+async fn restarted_under_readers() {
+    if !can_mount() {
+        return;
+    }
+    let mut rig = Rig::new().await;
+    rig.stage("v").await.unwrap();
     let target = rig.publish("v", "pod").await.unwrap();
+    rig.node().node_publish_volume(rig.inline_request("csi-0a", "inline")).await.unwrap();
+    let readers = [target.clone(), rig.target_path("inline")].map(Reader::start);
+    let mounts = rig.mounts();
+    for round in 0..4 {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        if round % 2 == 0 {
+            assert_eq!(rig.terminate().await.code(), Some(0));
+        } else {
+            rig.kill();
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        rig.start().await;
+        // The kubelet stages nothing, but publishes again.
+        rig.publish("v", "pod").await.unwrap();
+        rig.node().node_publish_volume(rig.inline_request("csi-0a", "inline")).await.unwrap();
+        assert_eq!(rig.mounts(), mounts);
+        read(&rig.publish("v", "new").await.unwrap()).await.unwrap();
+        rig.unpublish("v", "new").await.unwrap();
+    }
+    for reader in readers {
+        assert!(reader.finish().await.unwrap() > 0);
+    }
+    // A daemon may die afterwards as before.
+    rig.daemons.remove(0).kill();
+    rig.daemon();
     read(&target).await.unwrap();
     rig.unpublish("v", "pod").await.unwrap();
+    rig.unpublish("csi-0a", "inline").await.unwrap();
     rig.unstage("v").await.unwrap();
     rig.assert_clean();
 }

@@ -21,6 +21,7 @@ use hyper_util::rt::TokioIo;
 use rustix::{
     mount::{MountFlags, MountPropagationFlags, UnmountFlags},
     process::Signal,
+    thread::UnshareFlags,
 };
 use tokio::net::UnixStream;
 use tonic::{
@@ -55,6 +56,8 @@ pub(crate) struct Rig {
     arguments: Vec<String>,
     trees: Trees,
     filter: &'static str,
+    /// In memory, as on a node.
+    state: tempfile::TempDir,
     dir: tempfile::TempDir,
 }
 
@@ -78,13 +81,16 @@ impl Rig {
         for directory in ["plugins_registry", "pods", "stage"] {
             std::fs::create_dir_all(kubelet.join(directory)).unwrap();
         }
-        // As in a pod: mounts propagate to the node.
         rustix::mount::mount_bind(&kubelet, &kubelet).unwrap();
         rustix::mount::mount_change(&kubelet, MountPropagationFlags::SHARED).unwrap();
         let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
         let channel = connect(&kubelet.join("plugins/csi.forebay.io/csi.sock"));
         let service = "127.0.0.1:1".to_owned();
-        let mut rig = Self { daemons: Vec::new(), driver: None, channel, service, arguments, trees, filter, dir };
+        let memory = Path::new("/dev/shm");
+        let memory = if memory.is_dir() { memory } else { dir.path() };
+        let state = tempfile::Builder::new().prefix("forebay-csi-").tempdir_in(memory).unwrap();
+        let mut rig =
+            Self { daemons: Vec::new(), driver: None, channel, service, arguments, trees, filter, state, dir };
         rig.start().await;
         rig.daemon();
         rig.daemon();
@@ -100,9 +106,13 @@ impl Rig {
         command.arg(format!("--kubelet-dir={}", self.kubelet().display()));
         command.arg(format!("--state-dir={}", self.state().display()));
         command.env("FOREBAY_LOG", self.filter).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-        // SAFETY: prctl is async-signal-safe, and nothing else happens between fork and exec.
+        // SAFETY: both are single system calls, and nothing else happens between fork and exec.
         unsafe {
-            command.pre_exec(|| Ok(rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?));
+            command.pre_exec(|| {
+                rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+                // As in a pod: a mount namespace of its own, and the kubelet's directory shared with that of the node.
+                Ok(rustix::thread::unshare_unsafe(UnshareFlags::NEWNS)?)
+            });
         }
         self.driver = Some(command.spawn().unwrap());
         let socket = self.endpoint();
@@ -120,7 +130,7 @@ impl Rig {
     }
 
     /// Stops the driver as the kubelet does.
-    pub(crate) fn terminate(&mut self) -> ExitStatus {
+    pub(crate) async fn terminate(&mut self) -> ExitStatus {
         let mut driver = self.driver.take().unwrap();
         let pid = rustix::process::Pid::from_raw(i32::try_from(driver.id()).unwrap()).unwrap();
         rustix::process::kill_process(pid, Signal::TERM).unwrap();
@@ -130,7 +140,7 @@ impl Rig {
                 return status;
             }
             assert!(Instant::now() < deadline, "the driver does not end");
-            std::thread::sleep(Duration::from_millis(10));
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
 
@@ -146,7 +156,7 @@ impl Rig {
     }
 
     pub(crate) fn state(&self) -> PathBuf {
-        self.dir.path().join("state")
+        self.state.path().join("state")
     }
 
     pub(crate) fn plugin(&self) -> PathBuf {
@@ -168,9 +178,14 @@ impl Rig {
 
     /// Where a volume is staged; made by the kubelet.
     pub(crate) fn stage_path(&self, volume: &str) -> PathBuf {
-        let path = self.kubelet().join("stage").join(volume).join("globalmount");
-        std::fs::create_dir_all(&path).unwrap();
-        path
+        let parent = self.kubelet().join("stage").join(volume);
+        std::fs::create_dir_all(&parent).unwrap();
+        let path = parent.join("globalmount");
+        // What is there may be a dead mount, which is not looked at.
+        match std::fs::create_dir(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => panic!("{error}"),
+            _ => path,
+        }
     }
 
     /// Where a pod finds a volume; its parent is made by the kubelet.
@@ -340,7 +355,7 @@ pub(crate) async fn read(mount: &Path) -> std::io::Result<()> {
         Ok(())
     };
     let reading = tokio::task::spawn_blocking(work);
-    tokio::time::timeout(PATIENCE, reading).await.expect("the read hangs").unwrap()
+    tokio::time::timeout(PATIENCE, reading).await.unwrap().unwrap()
 }
 
 /// A line of the mount table.

@@ -115,7 +115,7 @@ impl Drop for Workers {
 
 async fn read(path: std::path::PathBuf) -> std::io::Result<Vec<u8>> {
     let reading = tokio::task::spawn_blocking(move || std::fs::read(path));
-    tokio::time::timeout(2 * PATIENCE, reading).await.expect("the read hangs").unwrap()
+    tokio::time::timeout(2 * PATIENCE, reading).await.unwrap().unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]

@@ -3,10 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::volume::Means;
 use super::{HELLO, Volume};
+use crate::daemon::HEARTBEAT;
 use crate::handover::{Role, ToDaemon, socket};
 use crate::keeper::{DaemonStatus, KeeperOptions};
 use crate::sys;
@@ -14,6 +15,9 @@ use crate::sys;
 /// Messages that a daemon has not read: an attach and a prepare for each of 2,048 volumes. One that is further behind
 /// counts as silent.
 const MAX_OUTBOX: usize = 4096;
+
+/// One and a half heartbeats.
+const SUSPECT: Duration = Duration::from_millis(HEARTBEAT.as_millis() as u64 * 3 / 2);
 
 pub(super) struct Connection {
     pub(super) socket: OwnedFd,
@@ -49,10 +53,11 @@ impl Connection {
             return Ok(None);
         }
         let pidfd = sys::peer_pidfd(&socket)?;
+        let pid = peer.pid.as_raw_nonzero().get();
         Ok(Some(Self {
             socket,
             pidfd,
-            pid: peer.pid.as_raw_nonzero().get(),
+            pid,
             uid,
             hello: None,
             to_come: 0,
@@ -64,6 +69,11 @@ impl Connection {
             outbox: VecDeque::new(),
             overflow: false,
         }))
+    }
+
+    /// Whether it has been silent for so long that it may be dying.
+    pub(super) fn is_suspect(&self) -> bool {
+        self.hello.is_some() && self.heard.elapsed() >= SUSPECT
     }
 
     /// When its silence is too long.

@@ -4,8 +4,6 @@ use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags};
-
 use super::VolumeState;
 use crate::handover::ToDaemon;
 use crate::health::{Health, VACANT};
@@ -86,10 +84,7 @@ impl Means {
 
     /// Whether the connection was ended by an unmount or an abort.
     pub(super) fn ended(&self) -> bool {
-        // Asked for nothing but errors, and not waiting: a waiting poll would be woken by every request.
-        let mut fds = [PollFd::new(&self.fuse, PollFlags::empty())];
-        let zero = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        matches!(rustix::event::poll(&mut fds, Some(&zero)), Ok(1..)) && fds[0].revents().contains(PollFlags::ERR)
+        sys::fuse_ended(&self.fuse)
     }
 }
 
@@ -206,6 +201,12 @@ impl Volume {
             config: means.config.clone(),
         };
         Some((connection, message))
+    }
+
+    /// Its mount, and its descriptor if there is one.
+    pub(super) fn mount(&self) -> (MountInfo, Option<OwnedFd>) {
+        let fuse = self.means.as_ref().and_then(|means| means.fuse.try_clone().ok());
+        (self.info.clone(), fuse)
     }
 
     /// The message for a daemon that is to hold it; `None` while there is nothing to hold.

@@ -28,13 +28,7 @@ pub(crate) fn waiting(device: Device) -> Option<u64> {
     std::fs::read_to_string(directory(device).join("waiting")).ok()?.trim().parse().ok()
 }
 
-/// Whether the connection is there; `None` when fusectl is not.
-pub(crate) fn exists(device: Device) -> Option<bool> {
-    let fusectl = mountinfo::at(Path::new(ROOT)).ok()?.is_some_and(|entry| entry.kind == "fusectl");
-    fusectl.then(|| directory(device).exists())
-}
-
-/// Ends a connection: every request in it, and every later one, fails. Where fusectl is not to be had, root can do the
+/// Ends a connection, which the caller knows to have this device number still: every request in it, and every later one, fails. Where fusectl is not to be had, root can do the
 /// same by a forced unmount (which also takes an unused mount away).
 pub(crate) fn abort(device: Device, target: &Path) -> io::Result<()> {
     let (switch, target) = (directory(device).join("abort"), target.to_owned());

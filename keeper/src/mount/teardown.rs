@@ -1,6 +1,7 @@
 //! Taking a mount down. Each step is a system call that can hang, so each has a thread and a deadline.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -9,7 +10,7 @@ use rustix::mount::UnmountFlags;
 
 use super::mountinfo::{self, Device};
 use super::{MountMode, fusectl};
-use crate::deadline;
+use crate::{deadline, sys};
 
 /// For one system call or one run of `fusermount3`.
 const STEP: Duration = Duration::from_secs(5);
@@ -31,15 +32,25 @@ pub enum TakenDown {
 }
 
 /// Unmounts, trying for `grace` while it is in use; after that takes it out of the tree and aborts the connection.
-pub(crate) fn unmount(target: &Path, device: Device, mode: MountMode, grace: Duration) -> io::Result<TakenDown> {
+///
+/// `fuse` tells whether the connection goes on although it is not mounted here (any more), and so whether the device number
+/// still means it. Without that, what is not mounted here is let be.
+pub(crate) fn unmount(
+    target: &Path,
+    device: Device,
+    mode: MountMode,
+    grace: Duration,
+    fuse: Option<OwnedFd>,
+) -> io::Result<TakenDown> {
     let end = Instant::now() + grace;
     let present = until_busy(target, device, mode, end)?;
     if !is_mounted(target, device)? {
         // Gone from here; bind mounts and other namespaces may still use it.
-        while fusectl::exists(device) == Some(true) && Instant::now() < end {
+        let goes_on = || fuse.as_ref().is_some_and(|fuse| !sys::fuse_ended(fuse));
+        while goes_on() && Instant::now() < end {
             std::thread::sleep(RETRY.min(end.saturating_duration_since(Instant::now())));
         }
-        if fusectl::exists(device) != Some(true) {
+        if !goes_on() {
             return Ok(if present { TakenDown::Clean } else { TakenDown::Absent });
         }
         fusectl::abort(device, target)?;
@@ -119,6 +130,6 @@ fn fusermount(target: &Path, lazy: bool) -> io::Result<()> {
     Err(io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
 }
 
-fn is_mounted(target: &Path, device: Device) -> io::Result<bool> {
+pub(crate) fn is_mounted(target: &Path, device: Device) -> io::Result<bool> {
     Ok(mountinfo::read()?.iter().any(|entry| entry.target == target && entry.device == device))
 }

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::Bytes;
-use forebay_keeper::daemon::{Attach, DaemonLink, DaemonOptions, Message, Tables, notify_resend};
-use forebay_keeper::tables::{Counter, NodeKind, OpenMode, RESEND_BIT};
+use forebay_keeper::daemon::{Attach, DaemonLink, DaemonOptions, Message, Tables, notify_expire_entry, notify_resend};
+use forebay_keeper::tables::{Counter, NodeKind, OpenMode, RESEND_BIT, ROOT_ID};
 use forebay_protocol::{FileVersion, VersionKey};
 use fuser::{
     Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, LockOwner, OpenFlags,
@@ -50,16 +50,23 @@ impl Refuse {
             Self::Always => true,
             Self::Times(times) => generation <= u64::from(times),
             Self::OneProcess => {
-                let mark = PathBuf::from(std::env::var_os(SOCKET).unwrap()).with_file_name("refuser");
                 let own = std::process::id().to_string();
-                match std::fs::File::create_new(&mark) {
+                match std::fs::File::create_new(mark("refuser")) {
                     Ok(mut file) => std::io::Write::write_all(&mut file, own.as_bytes()).is_ok(),
-                    Err(_) => std::fs::read_to_string(&mark).unwrap() == own,
+                    Err(_) => std::fs::read_to_string(mark("refuser")).unwrap() == own,
                 }
             }
         }
     }
 }
+
+/// A file that the daemons of a test have in common.
+fn mark(name: &str) -> PathBuf {
+    PathBuf::from(std::env::var_os(SOCKET).unwrap()).with_file_name(name)
+}
+
+/// A name whose first look-up is not answered, by a daemon that has a thread then which waits for the directory's lock.
+pub(crate) const HANG: &str = "hang";
 
 /// Contents of every file: words by a mixing function of their position.
 pub(crate) fn fill(offset: u64, buffer: &mut [u8]) {
@@ -125,7 +132,7 @@ fn serve(attach: Attach) -> Result<(), String> {
         return Err("refused as told".to_owned());
     }
     let tables = Arc::new(tables.open().unwrap());
-    let files = Files { tables: Arc::clone(&tables), config };
+    let files = Files { tables: Arc::clone(&tables), config, fuse: fuse.try_clone().unwrap() };
     let (ours, theirs) =
         rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
     rustix::io::write(&ours, &init).unwrap();
@@ -160,9 +167,20 @@ pub(crate) fn small_size(index: u64) -> u64 {
 struct Files {
     tables: Arc<Tables>,
     config: Config,
+    fuse: OwnedFd,
 }
 
 impl Files {
+    /// Takes a look-up that is never answered; whether it did.
+    fn hang(&self, name: &OsStr) -> bool {
+        if name != HANG || std::fs::File::create_new(mark(HANG)).is_err() {
+            return false;
+        }
+        let fuse = self.fuse.try_clone().unwrap();
+        std::thread::spawn(move || notify_expire_entry(fuse, ROOT_ID, b"x"));
+        true
+    }
+
     fn count(&self, request: &Request, counter: Counter) {
         self.tables.counters.add(counter, 1);
         if request.unique().0 & RESEND_BIT != 0 {
@@ -232,6 +250,10 @@ impl Filesystem for Files {
 
     fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         self.count(request, Counter::Lookup);
+        if self.hang(name) {
+            // Dropped, it would be answered.
+            return std::mem::forget(reply);
+        }
         match self.child(parent.0, name.as_bytes()).and_then(|id| self.attr(id)) {
             Some(attr) => reply.entry(&NO_TTL, &attr, Generation(0)),
             None => reply.error(Errno::ENOENT),

@@ -15,7 +15,7 @@ use super::daemon::{DATA_SIZE, SMALL_FILES, fill, small_size};
 /// Kind and mount of this process, when it is a reader.
 pub(crate) const READER: &str = "FOREBAY_TEST_READER";
 
-/// Reads until standard input ends, then says how much. Any wrong byte or error is a panic.
+/// Reads until standard input ends, everything once at least, then says how much. Any wrong byte or error is a panic.
 pub(crate) fn run(what: &str) {
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).unwrap();
     let (kind, root) = what.split_once(':').unwrap();
@@ -28,7 +28,7 @@ pub(crate) fn run(what: &str) {
     });
     let kept = File::open(root.join("data")).unwrap();
     let mut bytes = 0u64;
-    while !stop.load(Ordering::Relaxed) {
+    loop {
         bytes += match kind {
             "buffered" => buffered(&root.join("data")),
             "direct" => direct(&root.join("data")),
@@ -39,6 +39,9 @@ pub(crate) fn run(what: &str) {
         let mut some = [0; 100];
         kept.read_exact_at(&mut some, 12_345).unwrap();
         check(12_345, &some);
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
     }
     println!("READ {bytes}");
 }

@@ -16,23 +16,24 @@ use serde_json::json;
 
 use super::{build, dereference::Found, validate::ValidDataset};
 use crate::{
-    apply::ApplyError,
+    apply::{ApplyError, New},
     context::{CallError, Context, within},
     labels::{self, MANAGER},
 };
 
 /// Annotation that is changed for the sake of change.
 const TOUCHED: &str = "forebay.io/touched";
-/// Pause between touches.
-const TOUCH: Duration = Duration::from_millis(700);
+/// Pauses between touches: the first, and the longest, after which Kubernetes looks by itself. Each is twice as long as
+/// the one before: a binder that is behind is not helped by more changes.
+const TOUCH: (Duration, Duration) = (Duration::from_millis(700), Duration::from_secs(15));
 
 /// How an application ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// The claim can be mounted.
     Bound,
-    /// It will be; why it is not yet.
-    Binding(String),
+    /// It will be; why it is not yet, and when to look again.
+    Binding(String, Duration),
     /// The claim's name belongs to somebody else.
     NameTaken(String),
     /// What was built is refused.
@@ -48,7 +49,7 @@ impl From<ApplyError> for Outcome {
             ApplyError::NameTaken { .. } => Self::NameTaken(message),
             ApplyError::Refused { .. } => Self::Invalid(message),
             ApplyError::Going { .. } => {
-                Self::Binding(format!("{message}; it is made again when no pod uses it any more"))
+                Self::Binding(format!("{message}; it is made again when no pod uses it any more"), TOUCH.1)
             }
             ApplyError::Call { source, .. } => Self::Failed(format!("{message}: {source}")),
         }
@@ -61,27 +62,30 @@ pub async fn apply(context: &Context, dataset: &ValidDataset, found: &Found) -> 
         Err(error) => return error.into(),
     }
     if found.claim.as_ref().is_some_and(|claim| claim.status.phase == "Bound") {
+        context.remember(&dataset.owner.uid, |memory| memory.touched = None);
         return Outcome::Bound;
     }
     match touch(context, dataset).await {
-        Ok(()) => Outcome::Binding(format!("PersistentVolumeClaim {} is not bound yet", dataset.owner.name)),
+        Ok(pause) => Outcome::Binding(format!("PersistentVolumeClaim {} is not bound yet", dataset.owner.name), pause),
         Err(error) => Outcome::Failed(format!("touching the claim failed: {error}")),
     }
 }
 
 async fn try_apply(context: &Context, dataset: &ValidDataset) -> Result<(), ApplyError> {
     let owner = &dataset.owner;
-    let claims = claims(context, &owner.namespace);
+    let claims: Api<PersistentVolumeClaim> = Api::namespaced(context.client.clone(), &owner.namespace);
     let claim = build::claim(dataset);
     let applied = &context.applied;
-    let uid = applied.apply(&claims, &context.stores.claims, &owner.uid, &claim, |meta| owner.owns(meta)).await?;
+    let uid = applied
+        .apply(&claims, &context.stores.claims, &owner.uid, &claim, New::Created, |meta| owner.owns(meta))
+        .await?;
 
-    let volumes: Api<PartialObjectMeta<PersistentVolume>> = Api::all(context.client.clone());
+    let volumes: Api<PersistentVolume> = Api::all(context.client.clone());
     let volume = build::volume(dataset, &uid);
     // Its name is the Dataset's UID: only somebody who wants to deceive has one of that name.
     let expected = labels::of_dataset(&owner.name);
     applied
-        .apply(&volumes, &context.stores.volumes, &owner.uid, &volume, |meta| {
+        .apply(&volumes, &context.stores.volumes, &owner.uid, &volume, New::Created, |meta| {
             let labels = meta.labels.iter().flatten();
             labels.filter(|(key, value)| expected.get(*key) == Some(*value)).count() == expected.len()
         })
@@ -93,19 +97,16 @@ pub fn claims(context: &Context, namespace: &str) -> Api<PartialObjectMeta<Persi
     Api::namespaced(context.client.clone(), namespace)
 }
 
-async fn touch(context: &Context, dataset: &ValidDataset) -> Result<(), CallError> {
+/// Touches the claim if it is time. How long to wait for the next time.
+async fn touch(context: &Context, dataset: &ValidDataset) -> Result<Duration, CallError> {
     let owner = &dataset.owner;
     let now = Instant::now();
-    let due = context.remember(&owner.uid, |memory| {
-        let due = memory.touched.is_none_or(|touched| now.duration_since(touched) >= TOUCH);
-        memory.touched = if due { Some(now) } else { memory.touched };
-        due
-    });
-    if !due {
-        return Ok(());
+    let wait = context.remember(&owner.uid, |memory| memory.touch(now, TOUCH));
+    if let Some(wait) = wait {
+        return Ok(wait);
     }
     let patch = json!({"metadata": {"annotations": {TOUCHED: Timestamp::now().to_string()}}});
     let params = PatchParams { field_manager: Some(MANAGER.into()), ..PatchParams::default() };
     within(claims(context, &owner.namespace).patch(&owner.name, &params, &Patch::Merge(&patch))).await?;
-    Ok(())
+    Ok(TOUCH.0)
 }

@@ -10,7 +10,12 @@ use k8s_openapi::{
     api::core::v1::{PersistentVolume, Pod},
     jiff::Timestamp,
 };
-use kube::{Api, ResourceExt, api::ListParams, core::PartialObjectMeta, runtime::controller::Action};
+use kube::{
+    Api, ResourceExt,
+    api::ListParams,
+    core::PartialObjectMeta,
+    runtime::{controller::Action, reflector::ObjectRef},
+};
 use tracing::{info, warn};
 
 use super::{DatasetError, apply::claims, dereference::Found, doing, finalizer, status, validate::volume_name};
@@ -21,8 +26,10 @@ use crate::{
     labels::Owner,
 };
 
-/// How often it is looked whether a step had its effect; changes of the claim and the volume are also told.
+/// How often it is looked whether workers forgot it.
 const LOOK: Duration = Duration::from_secs(1);
+/// How often it is looked whether a claim or a volume is gone; that is also told.
+const GONE: Duration = Duration::from_secs(10);
 /// How often the pods that use a claim are listed.
 const LIST: Duration = Duration::from_secs(15);
 /// How long workers may take to forget a Dataset. One that is away forgets it when it is back.
@@ -36,26 +43,37 @@ pub async fn step(context: &Context, dataset: &Dataset, owner: &Owner, found: &F
         return Ok(Action::await_change());
     }
     let claims = claims(context, &owner.namespace);
-    let claim = within(claims.get_opt(&owner.name)).await.map_err(doing("reading the claim"))?;
-    if let Some(claim) = claim.filter(|claim| owner.owns(&claim.metadata)) {
-        if claim.metadata.deletion_timestamp.is_none() {
-            delete(&claims, &claim.metadata).await.map_err(doing("deleting the claim"))?;
+    // What the watch knows is there; what it does not know may have been made a moment ago.
+    let claim = match &found.claim {
+        Some(claim) => Some(claim.metadata.clone()),
+        None => within(claims.get_opt(&owner.name)).await.map_err(doing("reading the claim"))?.map(|c| c.metadata),
+    };
+    if let Some(claim) = claim.filter(|claim| owner.owns(claim)) {
+        if claim.deletion_timestamp.is_none() {
+            delete(&claims, &claim).await.map_err(doing("deleting the claim"))?;
         }
-        let message = waiting_for_claim(context, owner).await;
-        if let Some(message) = message {
+        let began = context.remember(&owner.uid, |memory| *memory.deleting.get_or_insert_with(Instant::now));
+        if began.elapsed() < LOOK {
+            // Nobody uses it, most likely, and it is gone in a moment.
+            return Ok(Action::requeue(LOOK));
+        }
+        if let Some(message) = waiting_for_claim(context, owner).await {
             say(context, dataset, message, true).await?;
         }
-        return Ok(Action::requeue(LOOK));
+        return Ok(Action::requeue(GONE));
     }
 
     let volumes: Api<PartialObjectMeta<PersistentVolume>> = Api::all(context.client.clone());
     let name = volume_name(&owner.uid);
-    if let Some(volume) = within(volumes.get_opt(&name)).await.map_err(doing("reading the volume"))? {
-        if volume.metadata.deletion_timestamp.is_none() {
-            delete(&volumes, &volume.metadata).await.map_err(doing("deleting the volume"))?;
+    let volume = match context.stores.volumes.get(&ObjectRef::new(&name)) {
+        Some(volume) => Some(volume.metadata.clone()),
+        None => within(volumes.get_opt(&name)).await.map_err(doing("reading the volume"))?.map(|v| v.metadata),
+    };
+    if let Some(volume) = volume {
+        if volume.deletion_timestamp.is_none() {
+            delete(&volumes, &volume).await.map_err(doing("deleting the volume"))?;
         }
-        say(context, dataset, format!("waiting for PersistentVolume {name} to go"), true).await?;
-        return Ok(Action::requeue(LOOK));
+        return Ok(Action::requeue(GONE));
     }
 
     // Workers forget it when it has no claim any more.

@@ -33,7 +33,7 @@ pub async fn publish(
     let before = dataset.status.clone().unwrap_or_default();
     let mut after = numbers(&before, found);
     after.claim_name = match outcome {
-        Outcome::Bound | Outcome::Binding(_) => Some(dataset.name_any()),
+        Outcome::Bound | Outcome::Binding(..) => Some(dataset.name_any()),
         Outcome::NameTaken(_) => None,
         Outcome::Invalid(_) | Outcome::Failed(_) => before.claim_name.clone(),
     };

@@ -224,3 +224,132 @@ fn scan(scan: wire::ScanProgress) -> Option<ScanSeen> {
     let wire::ScanProgress { generation, files, bytes, directories, error, .. } = scan;
     Some(ScanSeen { generation, state, files, bytes, directories, error })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use serde_json::json;
+
+    use super::*;
+
+    const UID: &str = "6df92765-2aaf-4e34-b7fb-4cdc5e906387";
+
+    fn dataset(status: serde_json::Value) -> Arc<Dataset> {
+        let dataset = json!({
+            "metadata": {"name": "d", "uid": UID},
+            "spec": {"runtimeRef": {"name": "w"}, "sources": []},
+            "status": status,
+        });
+        Arc::new(serde_json::from_value(dataset).unwrap())
+    }
+
+    fn id() -> DatasetId {
+        dataset_id(&dataset(json!({}))).unwrap()
+    }
+
+    fn member(name: &str, state: MemberState) -> WorkerMember {
+        WorkerMember { name: name.into(), address: "a:1".into(), weight: 1, state }
+    }
+
+    fn answer(name: &str, change: impl FnOnce(&mut StatusResponse, &mut wire::DatasetStatus)) -> Answer {
+        let mut said = wire::DatasetStatus { dataset: id().to_bytes(), cached_bytes: 10, ..Default::default() };
+        let mut status = StatusResponse { incarnation: 1, used_bytes: 10, ..Default::default() };
+        change(&mut status, &mut said);
+        status.datasets.push(said);
+        Answer { member: member(name, MemberState::Serving), said: Ok(status) }
+    }
+
+    fn silent(name: &str) -> Answer {
+        Answer { member: member(name, MemberState::Serving), said: Err("gone".into()) }
+    }
+
+    #[test]
+    fn what_workers_hold_is_added_up_and_kept_while_one_is_away() {
+        let mut book = Book::new(Instant::now());
+        let datasets = [dataset(json!({}))];
+        let both = book.enter(vec![answer("a", |_, _| {}), answer("b", |_, _| {})], &datasets);
+        let seen = &both.datasets[&id()];
+        assert_eq!((seen.cached, seen.served_by, both.serving()), (20, 2, (2, 2)));
+        let one = book.enter(vec![answer("a", |_, _| {}), silent("b")], &datasets);
+        let seen = &one.datasets[&id()];
+        assert_eq!((seen.cached, seen.served_by, one.serving()), (20, 1, (2, 1)));
+        assert_eq!(one.workers["b"].used, 10);
+        // One that left the table took its disk with it.
+        let alone = book.enter(vec![answer("a", |_, _| {})], &datasets);
+        assert_eq!(alone.datasets[&id()].cached, 10);
+    }
+
+    #[test]
+    fn draining_workers_hold_and_do_not_serve() {
+        let mut book = Book::new(Instant::now());
+        let mut draining = answer("b", |_, _| {});
+        draining.member.state = MemberState::Draining;
+        let seen = book.enter(vec![answer("a", |_, _| {}), draining], &[dataset(json!({}))]);
+        assert_eq!((seen.datasets[&id()].served_by, seen.datasets[&id()].cached, seen.serving()), (1, 20, (1, 1)));
+    }
+
+    #[test]
+    fn the_newest_scan_counts_and_the_first_problem() {
+        let scanned = |generation, state: wire::ScanState, files| {
+            move |_: &mut StatusResponse, said: &mut wire::DatasetStatus| {
+                let scan = wire::ScanProgress { state: state.into(), generation, files, ..Default::default() };
+                said.scan = Some(scan);
+                said.source_problem = format!("problem {generation}");
+            }
+        };
+        let answers = vec![
+            answer("a", scanned(1, wire::ScanState::Complete, 9)),
+            answer("b", scanned(2, wire::ScanState::Running, 3)),
+        ];
+        let seen = Book::new(Instant::now()).enter(answers, &[dataset(json!({}))]).datasets[&id()].clone();
+        let scan = seen.scan.unwrap();
+        assert_eq!((scan.generation, scan.state, scan.files), (2, ScanState::Running, 3));
+        // A worker that names no reason still has a problem.
+        let problem = Problem { reason: "SourceUnreachable".into(), message: "problem 1".into() };
+        assert_eq!(seen.problem, Some(problem));
+    }
+
+    #[test]
+    fn bytes_that_are_being_wiped_are_still_held() {
+        let mut status = StatusResponse { wiping: vec![id().to_bytes()], ..Default::default() };
+        let ask = |status: StatusResponse| {
+            let answer = Answer { member: member("a", MemberState::Serving), said: Ok(status) };
+            Book::new(Instant::now()).enter(vec![answer], &[]).datasets.get(&id()).is_some_and(|seen| seen.is_held)
+        };
+        assert!(ask(status.clone()));
+        status.wiping.clear();
+        assert!(!ask(status));
+    }
+
+    #[test]
+    fn reads_go_on_from_what_was_published() {
+        let read = |hits, uptime| {
+            move |status: &mut StatusResponse, said: &mut wire::DatasetStatus| {
+                status.uptime_seconds = uptime;
+                said.hit_bytes = hits;
+            }
+        };
+        let datasets = [dataset(json!({"hits": 100, "misses": 7}))];
+        let began = Instant::now().checked_sub(Duration::from_secs(10)).unwrap();
+        let mut book = Book::new(began);
+        // Older than this operator: what it counted is in what was published.
+        let seen = book.enter(vec![answer("a", read(60, 500))], &datasets);
+        assert_eq!((seen.datasets[&id()].hits, seen.datasets[&id()].misses), (100, 7));
+        // Younger: all it counted is new.
+        let seen = book.enter(vec![answer("a", read(70, 503)), answer("b", read(5, 3))], &datasets);
+        assert_eq!(seen.datasets[&id()].hits, 115);
+    }
+
+    #[test]
+    fn change_is_expected_while_somebody_is_missing_or_knows_too_little() {
+        let datasets = [dataset(json!({}))];
+        let enter = |answers| Book::new(Instant::now()).enter(answers, &datasets);
+        let counted = |_: &mut StatusResponse, said: &mut wire::DatasetStatus| {
+            said.scan = Some(wire::ScanProgress { state: wire::ScanState::Complete.into(), ..Default::default() });
+        };
+        assert!(!enter(vec![answer("a", counted)]).expects_change(&datasets));
+        assert!(enter(vec![answer("a", counted), silent("b")]).expects_change(&datasets));
+        assert!(enter(vec![answer("a", |_, _| {})]).expects_change(&datasets));
+    }
+}

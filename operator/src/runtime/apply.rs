@@ -1,17 +1,13 @@
 //! Objects of a CacheRuntime to the cluster, and away with those that are built no more.
 
 use k8s_openapi::api::core::v1::Secret;
-use kube::{
-    Api, Resource,
-    api::PostParams,
-    core::{NamespaceResourceScope, PartialObjectMeta},
-};
+use kube::{Api, Resource, api::PostParams, core::NamespaceResourceScope};
 use serde::{Serialize, de::DeserializeOwned};
 use tracing::info;
 
 use super::build::Objects;
 use crate::{
-    apply::{ApplyError, delete},
+    apply::{ApplyError, New, delete},
     context::{CallError, Context, within},
     labels::{MANAGER, Owner},
     watch::Metas,
@@ -89,9 +85,9 @@ where
         + DeserializeOwned
         + 'static,
 {
-    let api: Api<PartialObjectMeta<K>> = Api::namespaced(context.client.clone(), &owner.namespace);
+    let api: Api<K> = Api::namespaced(context.client.clone(), &owner.namespace);
     if let Some(object) = &object {
-        context.applied.apply(&api, store, &owner.uid, object, |meta| owner.owns(meta)).await?;
+        context.applied.apply(&api, store, &owner.uid, object, New::Applied, |meta| owner.owns(meta)).await?;
     }
     let kept = object.as_ref().and_then(|object| object.meta().name.as_deref());
     for orphan in store.state_filter(|meta| owner.owns(&meta.metadata) && meta.metadata.name.as_deref() != kept) {

@@ -76,7 +76,7 @@ fn stopped(found: &Found, outcome: &Outcome) -> Option<Trouble> {
             return Some(Trouble::help("ClaimNameTaken", message));
         }
         Outcome::Invalid(message) => return Some(Trouble::help("SpecInvalid", message)),
-        Outcome::Bound | Outcome::Binding(_) | Outcome::Failed(_) => {}
+        Outcome::Bound | Outcome::Binding(..) | Outcome::Failed(_) => {}
     }
     let Some(runtime) = &found.runtime else {
         return Some(Trouble::wait("RuntimeNotFound", "there is no CacheRuntime of this name in the namespace"));
@@ -111,7 +111,7 @@ fn unusable(before: &DatasetStatus, found: &Found, outcome: &Outcome) -> Option<
             _ => Trouble::help("WorkersUnavailable", format!("none of {all} workers answers")),
         });
     }
-    if let Outcome::Binding(why) | Outcome::Failed(why) = outcome {
+    if let Outcome::Binding(why, _) | Outcome::Failed(why) = outcome {
         // A claim that was bound is so while the API server does not answer.
         let bound = matches!(outcome, Outcome::Failed(_)) && before.claim_name.is_some();
         if !bound {
@@ -169,5 +169,168 @@ fn progressing(before: &DatasetStatus, found: &Found) -> Finding {
         Finding::new(PROGRESSING, true, "Scanning", "its files are being counted")
     } else {
         Finding::new(PROGRESSING, false, "Scanned", "its files are counted")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, sync::Arc};
+
+    use k8s_openapi::jiff::Timestamp;
+    use serde_json::json;
+
+    use super::*;
+    use crate::poll::{Problem, ScanSeen, WorkerSeen};
+
+    fn runtime(members: usize) -> Arc<forebay_api::CacheRuntime> {
+        let members: Vec<_> = (0..members)
+            .map(|i| json!({"name": format!("w-{i}"), "address": "a:1", "weight": 1, "state": "Serving"}))
+            .collect();
+        let runtime = json!({
+            "metadata": {"name": "w"},
+            "spec": {"tiers": []},
+            "status": {"table": {"epoch": 1, "members": members}},
+        });
+        Arc::new(serde_json::from_value(runtime).unwrap())
+    }
+
+    fn scan(state: ScanState, directories: u64) -> ScanSeen {
+        ScanSeen { generation: 1, state, files: 3, bytes: 9, directories, error: "broken".into() }
+    }
+
+    /// Two workers that answer and serve a Dataset that is counted.
+    fn good() -> Found {
+        let worker = WorkerSeen { serving: true, answered: true, ..WorkerSeen::default() };
+        let workers: BTreeMap<_, _> = (0..2).map(|i| (format!("w-{i}"), worker.clone())).collect();
+        let dataset = DatasetSeen {
+            served_by: 2,
+            is_held: true,
+            scan: Some(scan(ScanState::Complete, 1)),
+            ..DatasetSeen::default()
+        };
+        Found {
+            runtime: Some(runtime(2)),
+            seen: Some(Arc::new(RuntimeSeen { workers, ..RuntimeSeen::default() })),
+            dataset: Some(dataset),
+            claim: None,
+        }
+    }
+
+    fn with_workers(mut found: Found, change: impl Fn(usize, &mut WorkerSeen)) -> Found {
+        let mut seen = (*found.seen.unwrap()).clone();
+        seen.workers.values_mut().enumerate().for_each(|(index, worker)| change(index, worker));
+        found.seen = Some(Arc::new(seen));
+        found
+    }
+
+    fn with_dataset(mut found: Found, change: impl FnOnce(&mut DatasetSeen)) -> Found {
+        change(found.dataset.as_mut().unwrap());
+        found
+    }
+
+    fn trouble(reason: &str) -> Option<Problem> {
+        Some(Problem { reason: reason.into(), message: "source /: 403".into() })
+    }
+
+    /// What was said when all was well.
+    fn was_ready() -> DatasetStatus {
+        let said = assess(&DatasetStatus::default(), &good(), &Outcome::Bound).unwrap();
+        DatasetStatus {
+            phase: Some(said.phase),
+            files: Some(3),
+            claim_name: Some("d".into()),
+            conditions: conditions::merge(&[], &said.findings, None, Timestamp::UNIX_EPOCH),
+            ..DatasetStatus::default()
+        }
+    }
+
+    /// Phase, reason of Ready with its status, reason of Degraded if it is.
+    fn judge(before: &DatasetStatus, found: &Found, outcome: &Outcome) -> (Phase, bool, String, Option<String>) {
+        let Assessment { phase, findings } = assess(before, found, outcome).unwrap();
+        let [ready, _, degraded] = findings.try_into().unwrap();
+        assert_eq!((ready.kind, degraded.kind), (READY, DEGRADED));
+        (phase, ready.status, ready.reason, Some(degraded.reason).filter(|_| degraded.status))
+    }
+
+    #[test]
+    fn a_dataset_that_is_served_is_ready() {
+        let fresh = DatasetStatus::default();
+        assert_eq!(judge(&fresh, &good(), &Outcome::Bound), (Phase::Ready, true, "Serving".into(), None));
+        // A scan that has listed something shows that the source answers.
+        let scanning = with_dataset(good(), |dataset| dataset.scan = Some(scan(ScanState::Running, 1)));
+        assert_eq!(judge(&fresh, &scanning, &Outcome::Bound).0, Phase::Ready);
+    }
+
+    #[test]
+    fn what_is_waited_for_is_pending() {
+        let fresh = DatasetStatus::default();
+        let no_runtime = Found::default();
+        let no_workers = Found { runtime: Some(runtime(0)), ..Found::default() };
+        let nobody_answers = with_workers(good(), |_, worker| worker.answered = false);
+        let not_taken_up = Found { dataset: None, ..good() };
+        let nothing_listed = with_dataset(good(), |dataset| dataset.scan = Some(scan(ScanState::Running, 0)));
+        for (found, outcome, reason) in [
+            (no_runtime, Outcome::Bound, "RuntimeNotFound"),
+            (no_workers, Outcome::Bound, "NoWorkers"),
+            (nobody_answers, Outcome::Bound, "NoWorkers"),
+            (good(), Outcome::Binding("soon".into(), std::time::Duration::ZERO), "VolumeNotBound"),
+            (not_taken_up, Outcome::Bound, "RuntimeNotReady"),
+            (nothing_listed, Outcome::Bound, "Scanning"),
+        ] {
+            assert_eq!(judge(&fresh, &found, &outcome), (Phase::Pending, false, reason.into(), None));
+        }
+    }
+
+    #[test]
+    fn a_source_that_never_answered_fails_it_and_one_that_did_degrades_it() {
+        for reason in ["CredentialsInvalid", "BucketNotFound", "SourceUnreachable", "SecretNotFound"] {
+            let broken = with_dataset(good(), |dataset| {
+                dataset.problem = trouble(reason);
+                dataset.scan = None;
+            });
+            let named = Some(reason.to_owned());
+            let fresh = judge(&DatasetStatus::default(), &broken, &Outcome::Bound);
+            assert_eq!(fresh, (Phase::Failed, false, reason.into(), named.clone()));
+            let before = judge(&was_ready(), &broken, &Outcome::Bound);
+            assert_eq!(before, (Phase::Degraded, true, "Serving".into(), named));
+        }
+        // Both ways.
+        assert_eq!(judge(&was_ready(), &good(), &Outcome::Bound), (Phase::Ready, true, "Serving".into(), None));
+    }
+
+    #[test]
+    fn workers_that_are_away_degrade_it_and_all_of_them_fail_it() {
+        let one = with_workers(good(), |index, worker| worker.answered = index == 0);
+        let judged = judge(&was_ready(), &one, &Outcome::Bound);
+        assert_eq!(judged, (Phase::Degraded, true, "Serving".into(), Some("WorkersUnavailable".into())));
+        let none = with_workers(good(), |_, worker| worker.answered = false);
+        let judged = judge(&was_ready(), &none, &Outcome::Bound);
+        let away = "WorkersUnavailable".to_owned();
+        assert_eq!(judged, (Phase::Failed, false, away.clone(), Some(away)));
+    }
+
+    #[test]
+    fn a_tier_that_keeps_nothing_and_a_scan_that_failed_are_told() {
+        let full = with_workers(good(), |_, worker| worker.tier_problem = "disk full".into());
+        assert_eq!(judge(&was_ready(), &full, &Outcome::Bound).3.as_deref(), Some("RuntimeNotReady"));
+        let failed = with_dataset(good(), |dataset| dataset.scan = Some(scan(ScanState::Failed, 1)));
+        assert_eq!(judge(&was_ready(), &failed, &Outcome::Bound).3.as_deref(), Some("SourceUnreachable"));
+    }
+
+    #[test]
+    fn a_foreign_claim_needs_somebody() {
+        let taken = "ClaimNameTaken".to_owned();
+        let judged = judge(&DatasetStatus::default(), &good(), &Outcome::NameTaken("it exists".into()));
+        assert_eq!(judged, (Phase::Failed, false, taken.clone(), Some(taken)));
+    }
+
+    #[test]
+    fn what_was_said_stays_until_workers_were_asked_and_while_the_api_server_is_away() {
+        let unknown = Found { seen: None, dataset: None, ..good() };
+        assert!(assess(&was_ready(), &unknown, &Outcome::Bound).is_none());
+        // A new one is not left without a word.
+        assert!(assess(&DatasetStatus::default(), &unknown, &Outcome::Bound).is_some());
+        let judged = judge(&was_ready(), &good(), &Outcome::Failed("timeout".into()));
+        assert_eq!(judged.0, Phase::Ready);
     }
 }

@@ -22,3 +22,16 @@ pub fn build(runtime: &ValidRuntime) -> PodDisruptionBudget {
         status: None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::{build::testing, validate::ValidVolume};
+
+    #[test]
+    fn one_worker_at_a_time() {
+        let spec = build(&testing::runtime(ValidVolume::EmptyDir)).spec.unwrap();
+        assert_eq!(spec.max_unavailable, Some(IntOrString::Int(1)));
+        assert_eq!(spec.unhealthy_pod_eviction_policy.as_deref(), Some("AlwaysAllow"));
+    }
+}

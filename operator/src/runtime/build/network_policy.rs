@@ -30,3 +30,19 @@ pub fn build(runtime: &ValidRuntime) -> NetworkPolicy {
         }),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::runtime::{build::testing, validate::ValidVolume};
+
+    #[test]
+    fn only_the_two_ports_are_open() {
+        let policy = serde_json::to_value(build(&testing::runtime(ValidVolume::EmptyDir))).unwrap();
+        let ports = json!([{"port": 7400, "protocol": "TCP"}, {"port": 7401, "protocol": "TCP"}]);
+        assert_eq!(policy["spec"]["ingress"], json!([{"ports": ports}]));
+        assert_eq!(policy["spec"]["podSelector"]["matchLabels"]["forebay.io/runtime"], "gpu-pool");
+    }
+}

@@ -25,3 +25,19 @@ pub fn build(runtime: &ValidRuntime) -> RoleBinding {
         }]),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::{build::testing, validate::ValidVolume};
+
+    #[test]
+    fn the_workers_own_account_or_the_users_gets_the_role() {
+        let mut runtime = testing::runtime(ValidVolume::EmptyDir);
+        let subject = |runtime: &ValidRuntime| build(runtime).subjects.unwrap().remove(0).name;
+        assert_eq!(subject(&runtime), "gpu-pool-forebay");
+        runtime.pieces.service_account_name = Some("s3-reader".into());
+        assert_eq!(subject(&runtime), "s3-reader");
+        assert_eq!(build(&runtime).role_ref.name, "forebay-worker");
+    }
+}

@@ -24,3 +24,22 @@ pub fn build(runtime: &ValidRuntime, master: &Master) -> Secret {
         data: None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::{build::testing, validate::ValidVolume};
+
+    #[test]
+    fn it_holds_the_key_and_where_the_workers_are() {
+        let file = std::env::temp_dir().join(format!("forebay-secret-{}", std::process::id()));
+        std::fs::write(&file, "0f".repeat(32)).unwrap();
+        let master = Master::read(&file).unwrap();
+        std::fs::remove_file(&file).unwrap();
+        let secret = build(&testing::runtime(ValidVolume::EmptyDir), &master);
+        let data = secret.string_data.unwrap();
+        assert_eq!(data["key"], hex::encode(master.derive("vision", "gpu-pool")));
+        assert_eq!(data["service"], "gpu-pool-forebay.vision.svc:7400");
+        assert_eq!(secret.metadata.name.as_deref(), Some("gpu-pool-forebay"));
+    }
+}

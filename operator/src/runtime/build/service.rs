@@ -30,3 +30,17 @@ pub fn build(runtime: &ValidRuntime) -> Service {
         status: None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::{build::testing, validate::ValidVolume};
+
+    #[test]
+    fn it_is_headless_and_names_workers_that_are_not_ready() {
+        let service = serde_json::to_value(build(&testing::runtime(ValidVolume::EmptyDir))).unwrap();
+        assert_eq!(service["spec"]["clusterIP"], "None");
+        assert_eq!(service["spec"]["publishNotReadyAddresses"], true);
+        assert_eq!(service["spec"]["ports"][0]["port"], 7400);
+    }
+}

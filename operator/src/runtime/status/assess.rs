@@ -148,3 +148,131 @@ fn privileged(runtime: &CacheRuntime) -> Option<Finding> {
     );
     Some(Finding::new(PRIVILEGED_PODS, true, "HostPath", message))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, sync::Arc};
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::poll::{RuntimeSeen, WorkerSeen};
+
+    const NOW: i64 = 1_000_000;
+
+    fn runtime(volume: serde_json::Value, table: &[&str]) -> CacheRuntime {
+        let members: Vec<_> =
+            table.iter().map(|name| json!({"name": name, "address": "a:1", "weight": 1, "state": "Serving"})).collect();
+        serde_json::from_value(json!({
+            "metadata": {"name": "w", "namespace": "n", "creationTimestamp": Timestamp::from_second(NOW - 5).unwrap()},
+            "spec": {"replicas": 2, "tiers": [{"name": "t", "medium": "SSD", "capacity": "1Gi", "volume": volume}]},
+            "status": {"table": {"epoch": 1, "members": members}},
+        }))
+        .unwrap()
+    }
+
+    fn pod(ordinal: u32, ready: bool, age: i64) -> (u32, Arc<WorkerPod>) {
+        let ready = if ready { "True" } else { "False" };
+        let pod = json!({
+            "metadata": {"name": format!("w-forebay-{ordinal}"), "labels": {"controller-revision-hash": "1"},
+                "creationTimestamp": Timestamp::from_second(NOW - age).unwrap()},
+            "status": {"phase": "Running", "conditions": [{"type": "Ready", "status": ready}]},
+        });
+        (ordinal, Arc::new(serde_json::from_value(pod).unwrap()))
+    }
+
+    fn found(pods: Vec<(u32, Arc<WorkerPod>)>, answer: &[u32]) -> Found {
+        let seen = |ordinal: &u32| {
+            (format!("w-forebay-{ordinal}"), WorkerSeen { serving: true, answered: true, ..WorkerSeen::default() })
+        };
+        let workers: BTreeMap<_, _> = answer.iter().map(seen).collect();
+        Found { pods, seen: Some(Arc::new(RuntimeSeen { workers, ..RuntimeSeen::default() })), replicas: 2 }
+    }
+
+    /// Phase, status and reason of Ready, reason of Degraded if it is.
+    fn judge(runtime: &CacheRuntime, found: &Found, outcome: &Outcome) -> (Phase, bool, String, Option<String>) {
+        let before = runtime.status.clone().unwrap_or_default();
+        let now = Timestamp::from_second(NOW).unwrap();
+        let Assessment { phase, findings } = assess(runtime, &before, found, outcome, now).unwrap();
+        let (ready, degraded) = (&findings[0], &findings[2]);
+        assert_eq!((ready.kind, degraded.kind), (READY, DEGRADED));
+        (phase, ready.status, ready.reason.clone(), Some(degraded.reason.clone()).filter(|_| degraded.status))
+    }
+
+    fn empty() -> serde_json::Value {
+        json!({"emptyDir": {}})
+    }
+
+    #[test]
+    fn it_starts_and_is_ready_when_all_serve() {
+        let runtime = runtime(empty(), &["w-forebay-0"]);
+        let judged = judge(&runtime, &found(vec![], &[]), &Outcome::Applied);
+        // One was there and is gone, the other one has never been there.
+        assert_eq!(judged.0, Phase::Failed);
+        let starting = found(vec![pod(0, false, 5), pod(1, false, 5)], &[]);
+        let waiting = (Phase::Pending, false, "WorkersStarting".to_owned(), None);
+        assert_eq!(judge(&runtime, &starting, &Outcome::Applied), waiting);
+        let half = found(vec![pod(0, true, 9), pod(1, false, 5)], &[0]);
+        let degraded = (Phase::Degraded, true, "Serving".to_owned(), Some("WorkersStarting".to_owned()));
+        assert_eq!(judge(&runtime, &half, &Outcome::Applied), degraded);
+        let all = found(vec![pod(0, true, 9), pod(1, true, 9)], &[0, 1]);
+        assert_eq!(judge(&runtime, &all, &Outcome::Applied), (Phase::Ready, true, "Serving".into(), None));
+    }
+
+    #[test]
+    fn workers_that_do_not_answer_are_named() {
+        let runtime = runtime(empty(), &["w-forebay-0", "w-forebay-1"]);
+        let found = found(vec![pod(0, true, 900), pod(1, true, 900)], &[0]);
+        let judged = judge(&runtime, &found, &Outcome::Applied);
+        assert_eq!(judged, (Phase::Degraded, true, "Serving".into(), Some("WorkersUnavailable".into())));
+        let before = runtime.status.clone().unwrap();
+        let assessed = assess(&runtime, &before, &found, &Outcome::Applied, Timestamp::from_second(NOW).unwrap());
+        assert!(assessed.unwrap().findings[2].message.contains("w-forebay-1 does not answer"));
+    }
+
+    #[test]
+    fn what_needs_somebody_fails_it() {
+        let runtime = runtime(empty(), &[]);
+        let mut unschedulable = (*pod(0, false, 900).1).clone();
+        unschedulable.status.conditions = serde_json::from_value(json!([{
+            "type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/2 nodes are available",
+        }]))
+        .unwrap();
+        let nowhere = found(vec![(0, Arc::new(unschedulable))], &[]);
+        let taken = Outcome::NameTaken("Service w-forebay exists".into());
+        for (found, outcome, reason) in [
+            (nowhere, Outcome::Applied, "CannotSchedule"),
+            (found(vec![], &[]), taken, "NameTaken"),
+            (found(vec![], &[]), Outcome::Invalid("no".into()), "SpecInvalid"),
+        ] {
+            let expected = (Phase::Failed, false, reason.to_owned(), Some(reason.to_owned()));
+            assert_eq!(judge(&runtime, &found, &outcome), expected);
+        }
+    }
+
+    #[test]
+    fn a_tier_that_keeps_nothing_degrades_it() {
+        let runtime = runtime(empty(), &["w-forebay-0", "w-forebay-1"]);
+        let mut found = found(vec![pod(0, true, 9), pod(1, true, 9)], &[0, 1]);
+        let mut seen = (*found.seen.unwrap()).clone();
+        seen.workers.get_mut("w-forebay-1").unwrap().tier_problem = "read-only".into();
+        found.seen = Some(Arc::new(seen));
+        let judged = judge(&runtime, &found, &Outcome::Applied);
+        assert_eq!(judged, (Phase::Degraded, true, "Serving".into(), Some("TierFailed".into())));
+    }
+
+    #[test]
+    fn a_directory_of_the_nodes_says_what_the_namespace_needs() {
+        let all = || found(vec![pod(0, true, 9), pod(1, true, 9)], &[0, 1]);
+        let now = Timestamp::from_second(NOW).unwrap();
+        let said = |volume| {
+            let runtime = runtime(volume, &[]);
+            let before = CacheRuntimeStatus::default();
+            let findings = assess(&runtime, &before, &all(), &Outcome::Applied, now).unwrap().findings;
+            findings.into_iter().find(|finding| finding.kind == PRIVILEGED_PODS)
+        };
+        assert!(said(empty()).is_none());
+        let message = said(json!({"hostPath": {"path": "/mnt"}})).unwrap().message;
+        assert!(message.contains("label namespace n pod-security.kubernetes.io/enforce=privileged"), "{message}");
+    }
+}
