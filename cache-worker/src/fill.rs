@@ -39,7 +39,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub(crate) use chunk::Block;
 use chunk::ChunkFill;
-use disk::Disk;
+pub(crate) use disk::Disk;
 pub(crate) use reader::{BlockReader, Piece, Wanted};
 
 use crate::{dataset::Dataset, metrics::Metrics};
@@ -201,6 +201,11 @@ impl FillEngine {
     /// The chunk store that is filled.
     pub(crate) fn store(&self) -> &Arc<ChunkStore> {
         &self.inner.store
+    }
+
+    /// The disk below it.
+    pub(crate) fn disk(&self) -> &Arc<Disk> {
+        &self.inner.disk
     }
 
     /// Chunks of which something is in flight or waited for.

@@ -113,7 +113,7 @@ impl Worker {
             let m = &worker.metrics;
             level(&m.capacity, totals.capacity);
             level(&m.used, totals.used);
-            level(&m.tier_healthy, u64::from(totals.problem.is_none()));
+            level(&m.tier_healthy, u64::from(totals.problem.is_none() && !worker.engine.disk().is_hung()));
             level(&m.budget_free, worker.engine.budget_available());
             level(&m.chunks_in_flight, worker.engine.chunks_in_flight() as u64);
             level(&m.table_epoch, worker.members.table().epoch);
@@ -138,7 +138,7 @@ impl Worker {
             table_epoch: self.members.table().epoch,
             capacity_bytes: totals.capacity,
             used_bytes: totals.used,
-            tier_problem: totals.problem.unwrap_or_default(),
+            tier_problem: self.engine.disk().problem().or(totals.problem).unwrap_or_default(),
             datasets: datasets.iter().map(|dataset| self.dataset_status(dataset)).collect(),
             uptime_seconds: self.started.elapsed().as_secs(),
             connections: count(&m.data_connections) + count(&m.control_connections),

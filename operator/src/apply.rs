@@ -76,11 +76,13 @@ fn digest(value: &impl Hash) -> u64 {
 }
 
 /// Changes with whatever somebody else may change of an object. Kinds with a generation count changes of their spec, and
-/// changes of their status do not concern us; of the others any change counts.
-fn state(meta: &ObjectMeta) -> u64 {
-    let version = match meta.generation {
-        Some(generation) => generation.to_string(),
-        None => meta.resource_version.clone().unwrap_or_default(),
+/// changes of their status do not concern us; of the others any change counts, but for claims and volumes, which change
+/// while they are bound and of which little else can be changed.
+fn state(meta: &ObjectMeta, new: New) -> u64 {
+    let version = match (meta.generation, new) {
+        (Some(generation), _) => generation.to_string(),
+        (None, New::Applied) => meta.resource_version.clone().unwrap_or_default(),
+        (None, New::Created) => String::new(),
     };
     let owners: Vec<&str> = meta.owner_references.iter().flatten().map(|owner| owner.uid.as_str()).collect();
     digest(&(&meta.uid, version, &meta.labels, owners))
@@ -119,7 +121,7 @@ impl Applied {
         if known.is_none() && new == New::Created {
             let params = PostParams { field_manager: Some(MANAGER.into()), ..PostParams::default() };
             match within(api.create(&params, object)).await {
-                Ok(created) => return Ok(self.note(owner, kind, asked, created.meta())),
+                Ok(created) => return Ok(self.note(owner, kind, asked, state(created.meta(), new), created.meta())),
                 // It is there after all.
                 Err(error) if error.is(409) => {}
                 Err(error) => return Err(failed(error)),
@@ -138,20 +140,19 @@ impl Applied {
                 return Err(ApplyError::Going { kind, name });
             }
             let uid = known.uid.clone().unwrap_or_default();
-            if self.last(owner, &kind) == Some(Mark { asked, state: state(known) }) {
+            if self.last(owner, &kind) == Some(Mark { asked, state: state(known, new) }) {
                 return Ok(uid);
             }
             body["metadata"]["uid"] = uid.into();
             params = params.force();
         }
         let applied = within(api.patch_metadata(&name, &params, &Patch::Apply(&body))).await.map_err(&failed)?;
-        Ok(self.note(owner, kind, asked, &applied.metadata))
+        Ok(self.note(owner, kind, asked, state(&applied.metadata, new), &applied.metadata))
     }
 
     /// Remembers an application. The UID of the object.
-    fn note(&self, owner: &str, kind: String, asked: u64, meta: &ObjectMeta) -> String {
-        let mark = Mark { asked, state: state(meta) };
-        self.0.lock().entry(owner.to_owned()).or_default().insert(kind, mark);
+    fn note(&self, owner: &str, kind: String, asked: u64, state: u64, meta: &ObjectMeta) -> String {
+        self.0.lock().entry(owner.to_owned()).or_default().insert(kind, Mark { asked, state });
         meta.uid.clone().unwrap_or_default()
     }
 
@@ -192,15 +193,21 @@ mod tests {
             resource_version: Some(version.into()),
             ..ObjectMeta::default()
         };
+        let applied = |meta: &ObjectMeta| state(meta, New::Applied);
         // A status that changed does not count where there is a generation.
-        assert_eq!(state(&meta(Some(1), "1")), state(&meta(Some(1), "2")));
-        assert_ne!(state(&meta(Some(1), "1")), state(&meta(Some(2), "2")));
-        assert_ne!(state(&meta(None, "1")), state(&meta(None, "2")));
-        let mut labelled = meta(Some(1), "1");
-        labelled.labels = Some([("a".to_owned(), "b".to_owned())].into());
-        assert_ne!(state(&meta(Some(1), "1")), state(&labelled));
-        let mut other = meta(Some(1), "1");
-        other.uid = Some("v".into());
-        assert_ne!(state(&meta(Some(1), "1")), state(&other));
+        assert_eq!(applied(&meta(Some(1), "1")), applied(&meta(Some(1), "2")));
+        assert_ne!(applied(&meta(Some(1), "1")), applied(&meta(Some(2), "2")));
+        assert_ne!(applied(&meta(None, "1")), applied(&meta(None, "2")));
+        // Nor does the binding of a claim.
+        assert_eq!(state(&meta(None, "1"), New::Created), state(&meta(None, "2"), New::Created));
+        for new in [New::Applied, New::Created] {
+            let before = state(&meta(Some(1), "1"), new);
+            let mut labelled = meta(Some(1), "1");
+            labelled.labels = Some([("a".to_owned(), "b".to_owned())].into());
+            assert_ne!(before, state(&labelled, new));
+            let mut other = meta(Some(1), "1");
+            other.uid = Some("v".into());
+            assert_ne!(before, state(&other, new));
+        }
     }
 }

@@ -33,6 +33,8 @@ use crate::{
 
 /// Objects of a kind that are looked at at once.
 const CONCURRENCY: u16 = 16;
+/// How long changes of one object gather before it is looked at: what is made for it comes back as changes.
+const GATHER: Duration = Duration::from_millis(50);
 /// How often what is left behind is cleared away.
 const SWEEP: Duration = Duration::from_secs(60);
 
@@ -113,7 +115,7 @@ async fn datasets(context: Arc<Context>) {
         })
     };
     let queue = context.queues.datasets.clone().stream();
-    let config = controller::Config::default().concurrency(CONCURRENCY);
+    let config = controller::Config::default().concurrency(CONCURRENCY).debounce(GATHER);
     applier(reconcile, dataset::failed, context.clone(), context.stores.datasets.clone(), Box::pin(queue), config)
         .for_each(|done| async { report(done) })
         .await;
@@ -127,7 +129,7 @@ async fn runtimes(context: Arc<Context>) {
         })
     };
     let queue = context.queues.runtimes.clone().stream();
-    let config = controller::Config::default().concurrency(CONCURRENCY);
+    let config = controller::Config::default().concurrency(CONCURRENCY).debounce(GATHER);
     applier(reconcile, runtime::failed, context.clone(), context.stores.runtimes.clone(), Box::pin(queue), config)
         .for_each(|done| async { report(done) })
         .await;

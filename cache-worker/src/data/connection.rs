@@ -57,7 +57,7 @@ pub(crate) async fn serve(worker: Arc<Worker>, socket: TcpStream) {
     let connection = CancellationToken::new();
     let _end = connection.clone().drop_guard();
     let (queue, queued) = mpsc::channel(writer::QUEUE);
-    let writing = writer::run(socket.clone(), queued, open.count.clone());
+    let writing = writer::run(socket.clone(), queued, open.count.clone(), worker.engine.disk().clone());
     let reading = read_requests(&worker, &socket, &open, &connection, queue);
     tokio::pin!(writing);
     let ended = tokio::select! {

@@ -21,7 +21,7 @@ use super::{
     SEND_PROGRESS,
     outgoing::{FilePart, Outgoing, Part, Pumped},
 };
-use crate::fill::Block;
+use crate::fill::{Block, Disk};
 
 /// Frames that wait for the writer at most, besides those that it sends: two, so that the next is there when one is out.
 pub(super) const QUEUE: usize = 2;
@@ -61,6 +61,7 @@ pub(super) async fn run(
     socket: Arc<TcpStream>,
     mut queue: mpsc::Receiver<Frame>,
     open: Arc<AtomicUsize>,
+    disk: Arc<Disk>,
 ) -> io::Result<()> {
     let mut alive = interval(ALIVE_INTERVAL);
     alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -87,7 +88,7 @@ pub(super) async fn run(
                 None
             }
         };
-        send(&socket, outgoing).await?;
+        send(&socket, &disk, outgoing).await?;
         alive.reset();
         if let Some((counter, bytes)) = served {
             counter.inc_by(bytes);
@@ -95,16 +96,17 @@ pub(super) async fn run(
     }
 }
 
-async fn send(socket: &Arc<TcpStream>, mut outgoing: Outgoing) -> io::Result<()> {
+async fn send(socket: &Arc<TcpStream>, disk: &Arc<Disk>, mut outgoing: Outgoing) -> io::Result<()> {
     loop {
         let pumped = if outgoing.touches_disk() {
             let socket = socket.clone();
-            let (back, pumped) = tokio::task::spawn_blocking(move || {
+            let pump = move || {
                 let pumped = outgoing.pump(&socket);
                 (outgoing, pumped)
-            })
-            .await
-            .map_err(io::Error::other)?;
+            };
+            // The head is out already: without an answer the connection is lost, and the client asks for the rest anew.
+            let answer = disk.call(pump).await.map_err(io::Error::other)?;
+            let (back, pumped) = answer.ok_or_else(|| io::Error::other("the cache disk does not answer"))?;
             outgoing = back;
             pumped?
         } else {

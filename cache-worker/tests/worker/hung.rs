@@ -77,3 +77,29 @@ async fn what_a_hung_disk_holds_comes_from_the_source() {
     cluster.check("/held", 1, SIZE).await;
     assert_eq!(cluster.store.bytes_of("held"), 2 * SIZE, "what it held it still holds");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_hung_disk_was_to_send_comes_from_the_source() {
+    let Some(disk) = Disk::mount() else { return };
+    let cluster = cluster_on(&disk, &[("held", 1)]).await;
+    cluster.check("/held", 1, SIZE).await;
+    // The chunk is open and known to be right: only the sending reads it.
+    let hang = disk.hang();
+    cluster.check("/held", 1, SIZE).await;
+    let control = cluster.client.control("w-0").await.unwrap();
+    let problem = async || {
+        let request = forebay_protocol::worker::StatusRequest::default();
+        control.clone().status(request).await.unwrap().into_inner().tier_problem
+    };
+    assert!(problem().await.contains("the cache disk has not answered"));
+    let stuck = disk.stuck();
+    for _ in 0..3 {
+        cluster.check("/held", 1, SIZE).await;
+    }
+    assert_eq!(disk.stuck(), stuck);
+    drop(hang);
+    eventually("disk that answers", || async { problem().await.is_empty() }).await;
+    let before = cluster.store.bytes_of("held");
+    cluster.check("/held", 1, SIZE).await;
+    assert_eq!(cluster.store.bytes_of("held"), before, "what it held it still holds");
+}

@@ -262,6 +262,53 @@ async fn nobody_is_left() {
     rig.assert_clean();
 }
 
+/// A container's mount namespace keeps a volume alive while it is unstaged, and ends then; the kernel gives the device number
+/// to the next volume, which must not be taken for the old one.
+#[tokio::test]
+async fn a_device_number_that_is_used_again() {
+    if !can_mount() {
+        return;
+    }
+    let rig = Rig::new().await;
+    rig.stage("v").await.unwrap();
+    let device = mounts_at(&rig.stage_path("v"))[0].device.clone();
+    let mut container = std::process::Command::new("sleep");
+    // SAFETY: both are single system calls, and nothing else happens between fork and exec.
+    unsafe {
+        std::os::unix::process::CommandExt::pre_exec(&mut container, || {
+            rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS)?;
+            let private = rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
+            Ok(rustix::mount::mount_change("/", private)?)
+        });
+    }
+    let mut container = container.arg("60").spawn().unwrap();
+    let unstage = async {
+        let begun = Instant::now();
+        rig.unstage("v").await.unwrap();
+        println!("unstaged in {:?}", begun.elapsed());
+    };
+    let next = async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        container.kill().unwrap();
+        container.wait().unwrap();
+        // The namespace goes a moment later.
+        eventually("the old connection has ended", || !is_connected(&device)).await;
+        for volume in ["w0", "w1", "w2", "w3"] {
+            rig.stage(volume).await.unwrap();
+        }
+    };
+    tokio::join!(unstage, next);
+    let devices = ["w0", "w1", "w2", "w3"].map(|volume| mounts_at(&rig.stage_path(volume))[0].device.clone());
+    println!("{device} and then {devices:?}");
+    for volume in ["w0", "w1", "w2", "w3"] {
+        let target = rig.publish(volume, volume).await.unwrap();
+        read(&target).await.unwrap();
+        rig.unpublish(volume, volume).await.unwrap();
+        rig.unstage(volume).await.unwrap();
+    }
+    rig.assert_clean();
+}
+
 /// A daemon that is stopped: what asks it has a deadline, nothing else waits, and taking down does not ask.
 #[tokio::test]
 async fn a_daemon_that_hangs() {

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    ffi::CString,
     fs::File,
     io::Read as _,
     os::unix::process::CommandExt as _,
@@ -35,6 +36,8 @@ use crate::daemon::{Daemon, FILE, SEED, SIZE, Trees};
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 pub(crate) const DATASET: &str = "7f7a1f0e-8f50-5d3e-9f0c-2b8f1f0f7c11";
 pub(crate) const NAME: &str = "default/pictures";
+/// Of the directories of all rigs.
+const PREFIX: &str = "forebay-csi-";
 /// In no log, ever.
 pub(crate) const KEY: &str = "5ec2e75ec2e75ec2e75ec2e75ec2e75ec2e75ec2e75ec2e75ec2e75ec2e75ec2";
 
@@ -74,7 +77,7 @@ impl Rig {
 
     /// The same with another filter of the log.
     pub(crate) async fn logging(filter: &'static str, trees: Trees, arguments: &[&str]) -> Self {
-        let dir = tempfile::Builder::new().prefix("forebay-csi-").tempdir().unwrap();
+        let dir = tempfile::Builder::new().prefix(PREFIX).tempdir().unwrap();
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(dir.path(), mode).unwrap();
         let kubelet = dir.path().join("kubelet");
@@ -88,7 +91,7 @@ impl Rig {
         let service = "127.0.0.1:1".to_owned();
         let memory = Path::new("/dev/shm");
         let memory = if memory.is_dir() { memory } else { dir.path() };
-        let state = tempfile::Builder::new().prefix("forebay-csi-").tempdir_in(memory).unwrap();
+        let state = tempfile::Builder::new().prefix(PREFIX).tempdir_in(memory).unwrap();
         let mut rig =
             Self { daemons: Vec::new(), driver: None, channel, service, arguments, trees, filter, state, dir };
         rig.start().await;
@@ -106,12 +109,18 @@ impl Rig {
         command.arg(format!("--kubelet-dir={}", self.kubelet().display()));
         command.arg(format!("--state-dir={}", self.state().display()));
         command.env("FOREBAY_LOG", self.filter).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-        // SAFETY: both are single system calls, and nothing else happens between fork and exec.
+        let others = foreign_mounts();
+        // SAFETY: these are system calls without memory of their own, and nothing else happens between fork and exec.
         unsafe {
-            command.pre_exec(|| {
+            command.pre_exec(move || {
                 rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
                 // As in a pod: a mount namespace of its own, and the kubelet's directory shared with that of the node.
-                Ok(rustix::thread::unshare_unsafe(UnshareFlags::NEWNS)?)
+                rustix::thread::unshare_unsafe(UnshareFlags::NEWNS)?;
+                // Not as in a pod: what others test here at the same time came with it, and would not end before this.
+                for other in &others {
+                    let _ = rustix::mount::unmount(other.as_c_str(), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+                }
+                Ok(())
             });
         }
         self.driver = Some(command.spawn().unwrap());
@@ -380,6 +389,17 @@ pub(crate) fn mounts() -> Vec<Mount> {
 /// What is mounted at a path, the lowest first.
 pub(crate) fn mounts_at(path: &Path) -> Vec<Mount> {
     mounts().into_iter().filter(|mount| mount.target == path).collect()
+}
+
+/// Mounts of other tests that a new mount namespace would keep alive. Nothing to do where mounts propagate by themselves.
+fn foreign_mounts() -> Vec<CString> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let root_is_shared = table.lines().any(|line| line.split(' ').nth(4) == Some("/") && line.contains(" shared:"));
+    let fields = table.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    let foreign = fields.filter(|fields| {
+        !root_is_shared && fields.contains(&"fuse.forebay") && !fields[4].contains(PREFIX) && !fields[4].contains('\\')
+    });
+    foreign.map(|fields| CString::new(fields[4]).unwrap()).collect()
 }
 
 /// Ends a connection as the keeper does, or a person.
