@@ -137,13 +137,17 @@ async fn the_mount_goes_down_while_the_source_changes_under_readers() {
         })
         .await;
         let path = bench.path("file");
+        let (open, opened) = std::sync::mpsc::channel();
         let readers: Vec<_> = (0..16u64)
             .map(|reader| {
-                let path = path.clone();
-                std::thread::spawn(move || read_one_version(&path, round, reader))
+                let (path, open) = (path.clone(), open.clone());
+                std::thread::spawn(move || read_one_version(&path, round, reader, open))
             })
             .collect();
-        std::thread::sleep(Duration::from_millis(200));
+        drop(open);
+        // Until all of them have the old version open, and are reading.
+        assert_eq!(opened.iter().count(), 16);
+        std::thread::sleep(Duration::from_millis(100));
         bench.store.put_virtual(BUCKET, "file", 64 << 20, content::generator(round + 1000));
         let refresh = bench.up.forebay(&["refresh", "data"]);
         assert!(refresh.status.success(), "{}", String::from_utf8_lossy(&refresh.stderr));
@@ -161,8 +165,15 @@ async fn the_mount_goes_down_while_the_source_changes_under_readers() {
 }
 
 /// Reads, with the file open all the time, until the mount is gone. Gives how many reads were stale, or what was wrong.
-fn read_one_version(path: &std::path::Path, old: u64, reader: u64) -> Result<u64, String> {
+fn read_one_version(
+    path: &std::path::Path,
+    old: u64,
+    reader: u64,
+    open: std::sync::mpsc::Sender<()>,
+) -> Result<u64, String> {
     let file = support::readers::open(path, reader.is_multiple_of(2)).map_err(|error| format!("open: {error}"))?;
+    let _ = open.send(());
+    drop(open);
     let mut buffer = vec![0; 1 << 20];
     let mut stale = 0;
     for turn in 0u64.. {
