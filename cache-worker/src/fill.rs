@@ -2,13 +2,15 @@
 //!
 //! - [`chunk`]: what is in flight of one chunk; single flight per block.
 //! - [`disk`]: the only way to the chunk store's disk, which may hang.
-//! - [`run`]: one conditional GET for neighbouring blocks, and its way into the chunk's file.
+//! - [`run`]: one fetch of neighbouring blocks, and its way into the chunk's file.
+//! - [`peers`]: blocks from the workers that held them before, which are asked before the source.
 //! - [`reader`]: one request's view: the blocks in order, as they become valid.
 //!
 //! Invariants:
-//! - A block that is neither valid in the chunk's file nor in flight is asked of the source; a block in flight is never
-//!   asked a second time. Only blocks that somebody asked for are fetched.
-//! - Bytes reach a reader with the checksum computed when they arrived from the source (or the stored one).
+//! - A block that is neither valid in the chunk's file nor in flight is asked of peers and the source; a block in flight
+//!   is never asked a second time. Only blocks that somebody asked for are fetched.
+//! - Bytes reach a reader with the checksum computed when they arrived from the source (or the stored one, here or at
+//!   the peer).
 //! - A block in memory holds a permit of the worker's budget, or the one minimum permit of its run: each run can always
 //!   have one block in memory, so no set of slow readers stops another one for good.
 //! - A run always ends, by its source's deadline at the latest, and its end wakes every waiter.
@@ -17,10 +19,11 @@
 //!   has the blocks either, since this one is asked because it owns them.
 //!
 //! Lock order: `FillEngine::chunks`, then `ChunkFill::slots`, then locks within the chunk store. None is held over an
-//! await or over disk input/output. The disk's state is a leaf.
+//! await or over disk input/output. The disk's state and the peers' are leaves.
 
 mod chunk;
 mod disk;
+mod peers;
 mod reader;
 mod run;
 
@@ -40,6 +43,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 pub(crate) use chunk::Block;
 use chunk::ChunkFill;
 pub(crate) use disk::Disk;
+pub(crate) use peers::Peers;
 pub(crate) use reader::{BlockReader, Piece, Wanted};
 
 use crate::{dataset::Dataset, metrics::Metrics};
@@ -165,6 +169,7 @@ pub(crate) struct FillEngine {
 struct Inner {
     store: Arc<ChunkStore>,
     disk: Arc<Disk>,
+    peers: Peers,
     chunks: Mutex<HashMap<ChunkKey, Weak<ChunkFill>>>,
     /// In blocks.
     budget: Arc<Semaphore>,
@@ -178,6 +183,7 @@ impl FillEngine {
     /// `memory` is the budget for blocks in flight, in bytes. Fetches end when `stop` is cancelled.
     pub(crate) fn new(
         store: Arc<ChunkStore>,
+        peers: Peers,
         memory: u64,
         conflicts: mpsc::Sender<Conflict>,
         metrics: Arc<Metrics>,
@@ -188,6 +194,7 @@ impl FillEngine {
             inner: Arc::new(Inner {
                 store,
                 disk: Disk::new(metrics.clone()),
+                peers,
                 chunks: Mutex::new(HashMap::new()),
                 budget: Arc::new(Semaphore::new(permits)),
                 conflicts,

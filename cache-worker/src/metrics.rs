@@ -101,9 +101,12 @@ macro_rules! by_dataset {
 
 by_dataset! {
     hit_bytes: Counter = "hit" in Bytes, "Bytes of blocks that readers asked for and that were held";
-    miss_bytes: Counter = "miss" in Bytes, "Bytes of blocks that readers asked for and that had to come from the source";
+    miss_bytes: Counter = "miss" in Bytes, "Bytes of blocks that readers asked for and that were not held";
     served_bytes: Counter = "served" in Bytes, "Bytes of blocks sent to clients and workers";
     bypassed_bytes: Counter = "bypassed" in Bytes, "Bytes fetched that the tier did not admit (quota, watermark, disk)";
+    peer_bytes: Counter = "peer" in Bytes, "Bytes received from workers that held them before this one";
+    peer_errors: Counter = "peer_errors", "Reads from other workers that were slow or broke";
+    peer_corrupt_blocks: Counter = "peer_corrupt_blocks", "Blocks from other workers that failed their checksum";
     version_conflicts: Counter = "version_conflicts", "Fetches that met another version than the one asked for";
     fill_errors: Counter = "fill_errors", "Fetches that failed for good, version conflicts apart";
     evicted_bytes: Counter = "evicted" in Bytes, "Bytes dropped to make room";

@@ -27,7 +27,7 @@ use forebay_protocol::{
 use rustix::fs::Access;
 use tokio::{
     net::TcpListener,
-    sync::{Notify, mpsc, oneshot},
+    sync::{Notify, SetOnce, mpsc, oneshot},
     task::JoinHandle,
     time::{sleep, timeout},
 };
@@ -38,7 +38,7 @@ use crate::{
     config::{ConfigError, WorkerOptions, read_datasets, read_key, read_table},
     dataset::Dataset,
     datasets::Datasets,
-    fill::FillEngine,
+    fill::{FillEngine, Peers},
     grpc, http, listener,
     members::Members,
     metrics::{Metrics, level},
@@ -57,6 +57,8 @@ const DRAIN_LOOK: Duration = Duration::from_millis(100);
 const DRAIN_QUIET: Duration = Duration::from_secs(1);
 /// Memory of the client with which this worker walks trees; it reads no contents.
 const WALK_BUDGET: usize = forebay_client::MIN_BUDGET;
+/// How long a worker that starts is not named to clients for want of its datasets.
+const LOADED: Duration = Duration::from_secs(5);
 /// Deadline of one step of such a walk: the owner may have to list a large directory first.
 const WALK_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -76,7 +78,7 @@ pub(crate) struct Worker {
     pub(crate) metrics: Arc<Metrics>,
     /// A client knows a newer table.
     pub(crate) newer_table: Notify,
-    loaded: AtomicBool,
+    loaded: SetOnce<()>,
     draining: AtomicBool,
     pub(crate) stop: CancellationToken,
     pub(crate) tasks: TaskTracker,
@@ -91,7 +93,8 @@ impl Worker {
     }
 
     pub(crate) fn datasets_loaded(&self) {
-        self.loaded.store(true, Ordering::Release);
+        // Every later configuration says so again.
+        let _ = self.loaded.set(());
     }
 
     /// Why this worker is not ready; `None` when it is.
@@ -99,7 +102,7 @@ impl Worker {
         if self.stop.is_cancelled() || self.draining.load(Ordering::Acquire) {
             return Some("stopping");
         }
-        if !self.loaded.load(Ordering::Acquire) {
+        if !self.loaded.initialized() {
             return Some("the datasets are not loaded yet");
         }
         (!self.members.has_self()).then_some("this worker is not in the table yet")
@@ -214,9 +217,11 @@ impl RunningWorker {
         let stop = CancellationToken::new();
         let metrics = Arc::new(Metrics::new());
         let (conflicts, conflicts_queue) = mpsc::channel(notices::CONFLICTS);
-        let engine =
-            FillEngine::new(store.clone(), options.memory_budget, conflicts, metrics.clone(), stop.child_token());
         let members = Members::new(options.name.clone(), key.clone(), table, runtime);
+        let empty = store.totals().chunks == 0;
+        let peers = Peers::new(options.name.clone(), key.clone(), members.subscribe(), empty);
+        let memory = options.memory_budget;
+        let engine = FillEngine::new(store.clone(), peers, memory, conflicts, metrics.clone(), stop.child_token());
         let client_config = ClientConfig {
             name: options.name.clone(),
             key: key.clone(),
@@ -236,7 +241,7 @@ impl RunningWorker {
             members,
             metrics,
             newer_table: Notify::new(),
-            loaded: AtomicBool::new(false),
+            loaded: SetOnce::new(),
             draining: AtomicBool::new(false),
             stop,
             tasks: TaskTracker::new(),
@@ -314,13 +319,21 @@ impl RunningWorker {
     }
 }
 
-/// Runs a worker until `shutdown` is cancelled; `ready` hears where it listens.
+/// Runs a worker until `shutdown` is cancelled; `ready` hears where it listens, once it serves the datasets that it was
+/// given (or is slow to: clients go elsewhere for those).
 pub async fn run(
     options: WorkerOptions,
     shutdown: CancellationToken,
     ready: oneshot::Sender<SocketAddr>,
 ) -> anyhow::Result<()> {
+    let given = options.datasets.exists();
     let running = RunningWorker::start(options).await?;
+    if given {
+        let loaded = shutdown.run_until_cancelled(timeout(LOADED, running.worker.loaded.wait())).await;
+        if let Some(Err(_)) = loaded {
+            warn!("the datasets were not loaded within {LOADED:?}");
+        }
+    }
     // Nobody has to listen.
     let _ = ready.send(running.address());
     shutdown.cancelled().await;

@@ -31,8 +31,10 @@ pub const MAX_DATA_BLOCKS: u32 = 16;
 pub const MAX_READ_BLOCKS: u32 = 256;
 /// Body of the largest request: a Read with the longest key and path.
 pub const MAX_REQUEST_BODY: usize = READ_FIXED + MAX_VERSION_KEY + MAX_PATH;
+/// Bytes at the start of a Data frame's body, before its checksums.
+pub const DATA_HEAD: usize = 12;
 /// Body of the largest answer: a full Data frame.
-pub const MAX_ANSWER_BODY: usize = 12 + MAX_DATA_BLOCKS as usize * (4 + BLOCK_SIZE as usize);
+pub const MAX_ANSWER_BODY: usize = DATA_HEAD + MAX_DATA_BLOCKS as usize * (4 + BLOCK_SIZE as usize);
 /// Requests in flight on one connection at most; one more is answered by `Busy`.
 pub const MAX_IN_FLIGHT: usize = 256;
 /// How often a worker with open requests shows that it lives.
@@ -72,7 +74,8 @@ pub enum Purpose {
     ReadAhead = 1,
     /// `forebay load` or a policy.
     Load = 2,
-    /// Another worker fills from this one; only what is held is answered, nothing is fetched.
+    /// Another worker fills from this one; only what is held is answered, up to the first block that is not, and nothing
+    /// is fetched.
     Peer = 3,
 }
 
@@ -212,6 +215,11 @@ impl Header {
             .ok_or(FrameError::Length(length))?;
         Ok(Self { kind, request, body })
     }
+
+    /// Whether it is a Data frame, whose body may be read piece by piece: see [`decode_data_head`].
+    pub fn is_data(&self) -> bool {
+        self.kind == KIND_DATA
+    }
 }
 
 /// Appends a request frame.
@@ -308,7 +316,7 @@ fn check_range(range: &BlockRange, size: u64) -> Result<(), FrameError> {
 /// Appends everything of a Data frame but the bytes of its blocks, which the sender lets follow (by `sendfile`).
 /// `len` is the number of those bytes.
 pub fn encode_data_head(out: &mut BytesMut, number: u64, first_block: u64, checksums: &[u32], len: usize) {
-    put_header(out, KIND_DATA, number, 12 + 4 * checksums.len() + len);
+    put_header(out, KIND_DATA, number, DATA_HEAD + 4 * checksums.len() + len);
     out.put_u64_le(first_block);
     out.put_u32_le(checksums.len() as u32);
     for checksum in checksums {
@@ -346,20 +354,10 @@ pub fn encode_answer(out: &mut BytesMut, number: u64, answer: &Answer) {
 pub fn decode_answer(header: &Header, mut body: Bytes) -> Result<Answer, FrameError> {
     match header.kind {
         KIND_DATA => {
-            if body.len() < 12 {
-                return Err(FrameError::Field("length"));
-            }
-            let first_block = body.get_u64_le();
-            let blocks = body.get_u32_le();
-            if blocks == 0 || blocks > MAX_DATA_BLOCKS || body.len() < 4 * blocks as usize {
-                return Err(FrameError::Field("blocks"));
-            }
-            let checksums = (0..blocks).map(|_| body.get_u32_le()).collect();
-            let (least, most) = (u64::from(blocks - 1) * BLOCK_SIZE, u64::from(blocks) * BLOCK_SIZE);
-            if body.len() as u64 <= least || body.len() as u64 > most {
-                return Err(FrameError::Field("length"));
-            }
-            Ok(Answer::Data { first_block, checksums, bytes: body })
+            let (range, _) = data_head(&body, body.len())?;
+            body.advance(DATA_HEAD);
+            let checksums = (0..range.count).map(|_| body.get_u32_le()).collect();
+            Ok(Answer::Data { first_block: range.first, checksums, bytes: body })
         }
         KIND_END if body.len() == 8 => {
             Ok(Answer::End { hit_blocks: body.get_u32_le(), miss_blocks: body.get_u32_le() })
@@ -378,6 +376,32 @@ pub fn decode_answer(header: &Header, mut body: Bytes) -> Result<Answer, FrameEr
         KIND_END | KIND_ALIVE => Err(FrameError::Field("length")),
         kind => Err(FrameError::Kind(kind)),
     }
+}
+
+/// Decodes the first [`DATA_HEAD`] bytes of a Data frame's body: which blocks, and how many bytes they have. A checksum
+/// (u32) for each block follows, then the bytes.
+pub fn decode_data_head(header: &Header, head: &[u8; DATA_HEAD]) -> Result<(BlockRange, u64), FrameError> {
+    match header.kind {
+        KIND_DATA => data_head(head, header.body),
+        kind => Err(FrameError::Kind(kind)),
+    }
+}
+
+/// What a Data frame's body of `len` bytes that starts with `head` holds: blocks, and bytes after their checksums.
+fn data_head(mut head: &[u8], len: usize) -> Result<(BlockRange, u64), FrameError> {
+    if head.len() < DATA_HEAD || len < DATA_HEAD {
+        return Err(FrameError::Field("length"));
+    }
+    let (first, blocks) = (head.get_u64_le(), head.get_u32_le());
+    let bytes = (len - DATA_HEAD).checked_sub(4 * blocks.min(MAX_DATA_BLOCKS) as usize);
+    let Some(bytes) = bytes.filter(|_| blocks > 0 && blocks <= MAX_DATA_BLOCKS) else {
+        return Err(FrameError::Field("blocks"));
+    };
+    let (least, most) = (u64::from(blocks - 1) * BLOCK_SIZE, u64::from(blocks) * BLOCK_SIZE);
+    if bytes as u64 <= least || bytes as u64 > most {
+        return Err(FrameError::Field("length"));
+    }
+    Ok((BlockRange { first, count: u64::from(blocks) }, bytes as u64))
 }
 
 fn put_header(out: &mut BytesMut, kind: u8, request: u64, body: usize) {
@@ -474,6 +498,25 @@ mod tests {
             let (header, body) = split(&out, MAX_ANSWER_BODY);
             assert_eq!(decode_answer(&header, body), Ok(answer));
         }
+    }
+
+    #[test]
+    fn the_head_of_a_data_frame_says_what_follows() {
+        let decoded = |len| {
+            let mut out = BytesMut::new();
+            encode_data_head(&mut out, 5, 9, &[1, 2], len as usize);
+            let header = Header::decode(out.first_chunk().unwrap(), MAX_ANSWER_BODY).unwrap();
+            assert!(header.is_data());
+            decode_data_head(&header, out[HEADER..].first_chunk().unwrap())
+        };
+        for len in [BLOCK_SIZE + 1, 2 * BLOCK_SIZE] {
+            assert_eq!(decoded(len), Ok((BlockRange { first: 9, count: 2 }, len)));
+        }
+        for len in [0, BLOCK_SIZE, 2 * BLOCK_SIZE + 1] {
+            assert_eq!(decoded(len), Err(FrameError::Field("length")));
+        }
+        let end = Header { kind: KIND_END, request: 5, body: DATA_HEAD };
+        assert_eq!(decode_data_head(&end, &[0; DATA_HEAD]), Err(FrameError::Kind(KIND_END)));
     }
 
     #[test]

@@ -6,7 +6,7 @@
 
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
-use crate::table::{MemberState, WorkerTable};
+use crate::table::{Member, MemberState, WorkerTable};
 
 /// A table prepared for look-ups: member names are hashed once.
 #[derive(Clone, Debug, Default)]
@@ -24,11 +24,20 @@ struct Slot {
 impl Placement {
     /// Members that are `Serving`; draining ones own nothing.
     pub fn new(table: &WorkerTable) -> Self {
+        Self::of(table, |member| member.state == MemberState::Serving)
+    }
+
+    /// All members, as if the draining ones still served: the order says who owned a key before they drained.
+    pub fn with_draining(table: &WorkerTable) -> Self {
+        Self::of(table, |_| true)
+    }
+
+    fn of(table: &WorkerTable, counts: impl Fn(&Member) -> bool) -> Self {
         let members = table
             .members
             .iter()
             .enumerate()
-            .filter(|(_, member)| member.state == MemberState::Serving)
+            .filter(|(_, member)| counts(member))
             .map(|(index, member)| Slot {
                 index,
                 seed: xxh3_64(member.name.as_bytes()),
@@ -71,7 +80,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::table::Member;
 
     fn table(weights: &[u32]) -> WorkerTable {
         WorkerTable {
@@ -108,6 +116,8 @@ mod tests {
         table.members[0].state = MemberState::Draining;
         let placement = Placement::new(&table);
         assert!((0..1000).all(|key| placement.owner(key) == Some(1)));
+        let before = Placement::with_draining(&table);
+        assert!((0..1000).any(|key| before.owner(key) == Some(0)));
     }
 
     proptest! {

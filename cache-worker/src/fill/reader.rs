@@ -59,6 +59,8 @@ pub(crate) struct BlockReader {
     attempts: u32,
     /// The disk did not answer in time: this reader takes nothing from it any more.
     without_disk: bool,
+    /// Whether blocks that vanish are fetched.
+    fetch: bool,
     /// Blocks that were valid when the request came.
     pub(crate) hits: u32,
     /// The others.
@@ -105,12 +107,19 @@ impl FillEngine {
         self.open(wanted, class, true, verify).await
     }
 
-    /// A reader of blocks that are all held; [`FillError::NotHeld`] otherwise. Nothing is fetched.
+    /// A reader of blocks that are held, up to the first that is not; [`FillError::NotHeld`] when the first one is not.
+    /// Nothing is fetched.
     pub(crate) async fn read_held(&self, wanted: Wanted, verify: bool) -> Result<BlockReader, FillError> {
         self.open(wanted, Class::Background, false, verify).await
     }
 
-    async fn open(&self, wanted: Wanted, class: Class, fetch: bool, verify: bool) -> Result<BlockReader, FillError> {
+    async fn open(
+        &self,
+        mut wanted: Wanted,
+        class: Class,
+        fetch: bool,
+        verify: bool,
+    ) -> Result<BlockReader, FillError> {
         let (store, spec, key, range) = (self.store().clone(), wanted.spec(), wanted.key, wanted.blocks.clone());
         let look = move || {
             let Some(chunk) = store.chunk(&spec, fetch) else { return (None, 0, VecDeque::new()) };
@@ -125,14 +134,19 @@ impl FillEngine {
         let without_disk = found.is_none();
         let (chunk, hits, ready) = found.unwrap_or_default();
         let count = wanted.count();
-        let held = ready_blocks(&ready) == count;
-        if !held && !fetch {
-            return Err(FillError::NotHeld);
+        let ready_count = ready_blocks(&ready);
+        let held = ready_count == count;
+        if !fetch {
+            if ready_count == 0 {
+                return Err(FillError::NotHeld);
+            }
+            wanted.blocks.end = wanted.blocks.start + ready_count;
         }
         let mut reader = BlockReader::new(self, wanted, class, chunk, ready);
         (reader.hits, reader.misses) = (hits, count - hits);
         reader.without_disk = without_disk;
-        if !held {
+        reader.fetch = fetch;
+        if fetch && !held {
             reader.attach();
         }
         Ok(reader)
@@ -182,6 +196,7 @@ impl BlockReader {
             attached: VecDeque::new(),
             attempts: 0,
             without_disk: false,
+            fetch: true,
             hits: 0,
             misses: 0,
         }
@@ -302,6 +317,9 @@ impl BlockReader {
     }
 
     fn try_again(&mut self) -> Result<(), FillError> {
+        if !self.fetch {
+            return Err(FillError::NotHeld);
+        }
         self.attempts += 1;
         if self.attempts > ATTEMPTS {
             return Err(FillError::internal("blocks vanish as fast as they are fetched"));

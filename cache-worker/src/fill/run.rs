@@ -1,4 +1,5 @@
-//! One conditional GET for neighbouring blocks of a chunk, and its way into the chunk's file.
+//! One fetch of neighbouring blocks of a chunk, and its way into the chunk's file: from another worker if that is likely
+//! to hold them ([`peers`]), and what is missing then by one conditional GET.
 //!
 //! The receiving half checks nothing but lengths (the store has compared the version); it computes each block's checksum,
 //! hands the block to waiters, and queues it for the writing half, which makes neighbouring blocks one write. When the
@@ -26,6 +27,7 @@ use tracing::{debug, warn};
 use super::{
     CHUNK_BLOCKS, Class, Conflict, FillError, Pools, RECHECK_WAIT, RUNS_PER_REQUEST,
     chunk::{Block, ChunkFill},
+    peers,
 };
 
 /// Blocks that one write to the chunk's file takes at most: 1 MiB.
@@ -113,7 +115,7 @@ impl Run {
     }
 
     /// Waits for room for one block in memory.
-    async fn room(&self, budget: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, FillError> {
+    pub(super) async fn room(&self, budget: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, FillError> {
         if let Ok(permit) = budget.clone().try_acquire_owned() {
             return Ok(permit);
         }
@@ -201,46 +203,59 @@ async fn fetch(fill: &Arc<ChunkFill>, run: &Arc<Run>) -> Result<(), FillError> {
     if fill.give_up(run) {
         return Ok(());
     }
-    let nowhere = || FillError::VersionGone(format!("no source holds {}", fill.path).into());
-    let _turn = run.turn(&*dataset.pools(&fill.path).ok_or_else(nowhere)?).await?;
-    // The wait may have been long.
-    if fill.give_up(run) {
-        return Ok(());
-    }
-    let size = fill.version.size;
-    let start = offset_of(fill.key.index, run.blocks.start);
-    let end = size.min(offset_of(fill.key.index, run.blocks.end));
-    let mut body = dataset.get(&fill.path, &fill.version, start..end).await?.ok_or_else(nowhere)?;
-
+    let pools = dataset.pools(&fill.path).ok_or_else(|| nowhere(fill))?;
     let (queue, queued) = mpsc::channel(WRITE_BATCH);
     let receiving = async {
-        let outcome = receive(fill, run, &mut body, end - start, queue).await;
-        drop(body);
-        outcome
+        // Its end is the writer's.
+        let queue = queue;
+        let missing = peers::receive(fill, run, &queue).await?..run.blocks.end;
+        if missing.is_empty() {
+            return Ok(None);
+        }
+        receive(fill, run, missing, &pools, &queue).await
     };
-    let (received, ()) = tokio::join!(receiving, write_behind(fill, run, queued));
-    received?;
-    dataset.source_answered();
+    let (turn, ()) = tokio::join!(receiving, write_behind(fill, run, queued));
+    // Only now, so that a slow disk slows the source.
+    drop(turn?);
     Ok(())
 }
 
-fn offset_of(chunk: u32, block: u32) -> u64 {
-    (u64::from(chunk) * u64::from(CHUNK_BLOCKS) + u64::from(block)) * BLOCK_SIZE
+fn nowhere(fill: &ChunkFill) -> FillError {
+    FillError::VersionGone(format!("no source holds {}", fill.path).into())
 }
 
+/// The number of a chunk's block within its file.
+pub(super) fn block_of_file(chunk: u32, block: u32) -> u64 {
+    u64::from(chunk) * u64::from(CHUNK_BLOCKS) + u64::from(block)
+}
+
+fn offset_of(chunk: u32, block: u32) -> u64 {
+    block_of_file(chunk, block) * BLOCK_SIZE
+}
+
+/// Gets `blocks`, the last ones of the run, from the source; gives the turn there back when it had one.
 async fn receive(
     fill: &Arc<ChunkFill>,
     run: &Arc<Run>,
-    body: &mut forebay_under_store::ByteStream,
-    mut left: u64,
-    queue: mpsc::Sender<(u32, Block)>,
-) -> Result<(), FillError> {
-    let first_of_file = u64::from(fill.key.index) * u64::from(CHUNK_BLOCKS);
+    blocks: Range<u32>,
+    pools: &Pools,
+    queue: &mpsc::Sender<(u32, Block)>,
+) -> Result<Option<OwnedSemaphorePermit>, FillError> {
+    let dataset = &fill.dataset;
+    let turn = run.turn(pools).await?;
+    // The wait may have been long.
+    if fill.give_up(run) {
+        return Ok(None);
+    }
+    let start = offset_of(fill.key.index, blocks.start);
+    let end = fill.version.size.min(offset_of(fill.key.index, blocks.end));
+    let mut body = dataset.get(&fill.path, &fill.version, start..end).await?.ok_or_else(|| nowhere(fill))?;
+    let mut left = end - start;
     let mut pending = Bytes::new();
-    for index in run.blocks.clone() {
+    for index in blocks {
         let permit = tokio::select! {
             permit = run.room(&fill.engine.inner.budget) => permit?,
-            () = nobody_waits(fill, run) => return Ok(()),
+            () = nobody_waits(fill, run) => return Ok(None),
         };
         let wanted = left.min(BLOCK_SIZE) as usize;
         // A block that came in one piece is not copied; otherwise it is assembled.
@@ -264,25 +279,37 @@ async fn receive(
                     Some(piece) => piece?,
                     None => return Err(FillError::Unavailable("the source's answer ended early".into())),
                 },
-                () = nobody_waits(fill, run) => return Ok(()),
+                () = nobody_waits(fill, run) => return Ok(None),
             };
         };
         left -= wanted as u64;
-        let checksum = block_checksum(fill.key.file, first_of_file + u64::from(index), &bytes);
+        let checksum = block_checksum(fill.key.file, block_of_file(fill.key.index, index), &bytes);
         let block = Block { bytes, checksum, _permit: Arc::new(permit) };
-        fill.arrived(run, index, block.clone());
-        if run.bypasses() {
-            fill.dataset.metrics.bypassed_bytes.inc_by(wanted as u64);
-        } else {
-            // The writer lives as long as this queue.
-            let _ = queue.send((index, block)).await;
-        }
+        hand_over(fill, run, index, block, queue).await;
     }
-    Ok(())
+    dataset.source_answered();
+    Ok(Some(turn))
+}
+
+/// Gives a block to those who wait for it, and to the writer.
+pub(super) async fn hand_over(
+    fill: &Arc<ChunkFill>,
+    run: &Arc<Run>,
+    index: u32,
+    block: Block,
+    queue: &mpsc::Sender<(u32, Block)>,
+) {
+    fill.arrived(run, index, block.clone());
+    if run.bypasses() {
+        fill.dataset.metrics.bypassed_bytes.inc_by(block.bytes.len() as u64);
+    } else {
+        // The writer lives as long as this queue.
+        let _ = queue.send((index, block)).await;
+    }
 }
 
 /// Ready when the run is not stored and nobody waits for it any more. A run that is stored is finished in any case.
-async fn nobody_waits(fill: &Arc<ChunkFill>, run: &Arc<Run>) {
+pub(super) async fn nobody_waits(fill: &Arc<ChunkFill>, run: &Arc<Run>) {
     loop {
         run.reconsider.notified().await;
         if run.bypasses() && fill.give_up(run) {

@@ -98,7 +98,7 @@ impl TestWorker {
             worker.stop().await.map(|()| took)
         });
         let took = drained.await.unwrap().unwrap();
-        runtime.shutdown_background();
+        end(runtime).await;
         took
     }
 
@@ -110,15 +110,20 @@ impl TestWorker {
     pub(crate) async fn stop(&mut self) {
         let (runtime, worker) = self.running.take().unwrap();
         runtime.spawn(worker.stop()).await.unwrap().unwrap();
-        runtime.shutdown_background();
+        end(runtime).await;
     }
 
     /// Ends it at once, as a crash would: nothing is flushed or answered.
-    pub(crate) fn kill(&mut self) {
+    pub(crate) async fn kill(&mut self) {
         let (runtime, worker) = self.running.take().unwrap();
-        runtime.shutdown_background();
+        end(runtime).await;
         drop(worker);
     }
+}
+
+/// As the end of the process: whatever still runs is gone when this returns, with the files that it has open.
+async fn end(runtime: Runtime) {
+    tokio::task::spawn_blocking(move || runtime.shutdown_timeout(Duration::from_secs(10))).await.unwrap();
 }
 
 pub(crate) struct Cluster {
@@ -134,8 +139,8 @@ pub(crate) struct Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         for worker in &mut self.workers {
-            if worker.running.is_some() {
-                worker.kill();
+            if let Some((runtime, _)) = worker.running.take() {
+                runtime.shutdown_background();
             }
         }
     }
@@ -234,14 +239,23 @@ impl Cluster {
 
     /// Writes a table of these workers.
     pub(crate) fn publish(&self, members: Vec<usize>) {
-        let member = |index: usize| Member {
+        self.publish_members(members.into_iter().map(|index| self.member(index)).collect());
+    }
+
+    /// A worker as a table names it.
+    pub(crate) fn member(&self, index: usize) -> Member {
+        Member {
             name: self.workers[index].options.name.clone(),
             address: self.workers[index].address().to_string(),
             weight: 1,
             state: MemberState::Serving,
-        };
+        }
+    }
+
+    /// Writes a table of these members.
+    pub(crate) fn publish_members(&self, members: Vec<Member>) {
         let epoch = self.table.borrow().epoch + 1;
-        let table = WorkerTable { epoch, members: members.into_iter().map(member).collect() };
+        let table = WorkerTable { epoch, members };
         write_private(&self.dir.path().join("table.json"), &serde_json::to_vec(&table).unwrap());
         self.table.send_replace(Arc::new(table));
     }
@@ -381,7 +395,12 @@ pub(crate) async fn metrics(cluster: &Cluster) -> String {
 
 /// What the metrics server of the first worker answers.
 pub(crate) async fn http(cluster: &Cluster, path: &str) -> String {
-    let mut stream = TcpStream::connect(cluster.workers[0].metrics_address()).await.unwrap();
+    http_of(&cluster.workers[0], path).await
+}
+
+/// What the metrics server of a worker answers.
+pub(crate) async fn http_of(worker: &TestWorker, path: &str) -> String {
+    let mut stream = TcpStream::connect(worker.metrics_address()).await.unwrap();
     let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut text = String::new();

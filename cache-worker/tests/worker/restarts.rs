@@ -25,7 +25,7 @@ async fn a_restart_keeps_the_cache() {
     check(&cluster).await;
     assert_eq!(cluster.store.counters().gets, gets, "a restart lost something");
     // A crash loses at most what was not written yet.
-    cluster.workers[0].kill();
+    cluster.workers[0].kill().await;
     tokio::time::sleep(Duration::from_millis(300)).await;
     cluster.restart(0).await;
     check(&cluster).await;
@@ -99,7 +99,7 @@ async fn a_killed_worker_is_not_seen_by_readers() {
         })
         .collect();
     tokio::time::sleep(Duration::from_millis(100)).await;
-    cluster.workers[1].kill();
+    cluster.workers[1].kill().await;
     for reader in readers {
         reader.await.unwrap();
     }

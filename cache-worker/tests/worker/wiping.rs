@@ -106,7 +106,7 @@ async fn a_dataset_that_went_while_nobody_served_is_wiped_once_that_is_known() {
         if clean {
             cluster.workers[0].stop().await;
         } else {
-            cluster.workers[0].kill();
+            cluster.workers[0].kill().await;
             // The directory is released when the last thread is gone.
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
