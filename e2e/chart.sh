@@ -14,8 +14,10 @@ render() { helm template forebay charts/forebay --namespace forebay-system "$@";
 
 combinations=0
 for crds in true false; do for classes in true false; do for policies in true false; do for master in "" mine; do
+for pull in 0 2; do
+  pulls=(); for n in $(seq 1 $pull); do pulls+=(--set "imagePullSecrets[$((n - 1))].name=pull$n"); done
   render --set crds.install=$crds --set priorityClasses.create=$classes --set networkPolicies.create=$policies \
-    --set operator.masterSecret=$master --set imagePullSecrets[0].name=pull --set csi.nodeSelector.gpu=yes > "$out/all.yaml"
+    --set operator.masterSecret=$master --set csi.nodeSelector.gpu=yes "${pulls[@]}" > "$out/all.yaml"
   count() { grep -c "^kind: $1$" "$out/all.yaml" || true; }
   [ "$(count PriorityClass)" = $([ $classes = true ] && echo 2 || echo 0) ] || fail "PriorityClasses with create=$classes"
   [ "$(count NetworkPolicy)" = $([ $policies = true ] && echo 3 || echo 0) ] || fail "NetworkPolicies with create=$policies"
@@ -23,9 +25,12 @@ for crds in true false; do for classes in true false; do for policies in true fa
   [ "$(count Secret)" = $([ -z "$master" ] && echo 1 || echo 0) ] || fail "Secrets with masterSecret=$master"
   [ "$(count DaemonSet)" = 2 ] && [ "$(count Deployment)" = 1 ] || fail "workloads"
   grep -q "secretName: ${master:-forebay-operator-master}" "$out/all.yaml" || fail "masterSecret=$master is not mounted"
-  grep -q "gpu: .*yes" "$out/all.yaml" && grep -q "name: pull" "$out/all.yaml" || fail "nodeSelector, imagePullSecrets"
+  grep -q "gpu: .*yes" "$out/all.yaml" || fail "nodeSelector"
+  # Each in every pod, and told to the operator for workers.
+  [ "$(grep -cE "^ *- name: pull[12]$" "$out/all.yaml")" = $((pull * ($(count Job) + 3))) ] || fail "imagePullSecrets: $pull"
+  [ "$(grep -cE "^ *- --image-pull-secret=pull[12]$" "$out/all.yaml")" = $pull ] || fail "--image-pull-secret: $pull"
   combinations=$((combinations + 1))
-done; done; done; done
+done; done; done; done; done
 
 refused=0
 for wrong in operator.replica=2 operator.replicas=0 image.pullPolicy=Sometimes logFormat=xml csi.kubeletDir=var fuse.resources.limits=null \

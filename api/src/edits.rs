@@ -1,6 +1,7 @@
 //! What can be edited of an object that exists, and what that does: the table of docs/api.md, field by field.
 //!
 //! A test holds it against the schemas: each field is in it once, and those that are refused have a rule that says so.
+//! The operator's tests make each edit on an API server (operator/tests/api_server/edits.rs).
 
 /// A field of a spec and what its edit does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

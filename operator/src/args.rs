@@ -102,7 +102,7 @@ impl Args {
 
 fn init_logs(format: LogFormat) {
     let filter = EnvFilter::try_from_env("FOREBAY_LOG")
-        .unwrap_or_else(|_| EnvFilter::new("warn,forebay=info,forebay_operator=info"));
+        .unwrap_or_else(|_| EnvFilter::new("warn,kube_client=off,forebay=info,forebay_operator=info"));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match format {
         LogFormat::Text => builder.with_target(false).with_ansi(std::io::stderr().is_terminal()).compact().init(),

@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use forebay_protocol::errors::chain;
 use kube::Client;
 use parking_lot::Mutex;
 use rand::RngExt as _;
@@ -153,6 +154,12 @@ impl CallError {
         }
     }
 
+    /// Whether the namespace is on its way out, so that nothing can be made in it any more.
+    pub fn is_end_of_namespace(&self) -> bool {
+        let causes = self.status().and_then(|status| status.details.as_ref()).map(|details| &details.causes);
+        causes.is_some_and(|causes| causes.iter().any(|cause| cause.reason == "NamespaceTerminating"))
+    }
+
     /// Whether it is this HTTP code.
     pub fn is(&self, code: u16) -> bool {
         self.status().is_some_and(|status| status.code == code)
@@ -171,20 +178,6 @@ fn said(error: &kube::Error) -> String {
         kube::Error::Api(status) => status.message.clone(),
         other => chain(other),
     }
-}
-
-/// An error and its causes in one line.
-pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        source = cause.source();
-    }
-    text
 }
 
 /// A call of the API server with a deadline.

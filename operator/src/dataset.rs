@@ -64,12 +64,15 @@ pub async fn reconcile(dataset: Arc<Dataset>, context: Arc<Context>) -> Result<A
     }
     let valid = validate::validate(&dataset, owner);
     let outcome = apply::apply(&context, &valid, &found).await;
+    if outcome == Outcome::Ending {
+        return Ok(Action::requeue(AGAIN));
+    }
     let rest = status::publish(&context, &dataset, &found, &outcome).await.map_err(doing("writing the status"))?;
     match outcome {
         Outcome::Failed(message) => Err(DatasetError::Apply(message)),
         Outcome::Bound => Ok(Action::requeue(rest.unwrap_or_else(resync))),
         Outcome::Binding(_, pause) => Ok(Action::requeue(pause)),
-        Outcome::NameTaken(_) | Outcome::Invalid(_) => Ok(Action::requeue(AGAIN)),
+        Outcome::NameTaken(_) | Outcome::Invalid(_) | Outcome::Ending => Ok(Action::requeue(AGAIN)),
     }
 }
 

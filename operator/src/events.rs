@@ -45,8 +45,10 @@ impl Events {
                 action: "Reconcile".into(),
                 secondary: None,
             };
-            if let Err(error) = within(self.0.publish(&event, object)).await {
-                warn!(reason = %finding.reason, %error, "an event could not be published");
+            match within(self.0.publish(&event, object)).await {
+                Ok(()) => {}
+                Err(error) if error.is_end_of_namespace() => {}
+                Err(error) => warn!(reason = %finding.reason, %error, "an event could not be published"),
             }
         }
     }

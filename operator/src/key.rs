@@ -16,6 +16,12 @@ const LABEL: &[u8] = b"forebay runtime key v1\0";
 pub struct Master([u8; 32]);
 
 impl Master {
+    /// One that is known.
+    #[cfg(test)]
+    pub fn of(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
     /// Reads 64 hexadecimal digits, with space around them.
     pub fn read(path: &Path) -> anyhow::Result<Self> {
         let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;

@@ -52,14 +52,20 @@ pub struct Observations(Mutex<HashMap<String, Slot>>);
 
 #[derive(Default)]
 struct Slot {
-    seen: Option<Arc<RuntimeSeen>>,
+    /// And when they were asked.
+    seen: Option<(Instant, Arc<RuntimeSeen>)>,
     wake: Arc<Notify>,
 }
 
 impl Observations {
     /// What the workers of a runtime said. `None`: they have not been asked yet.
     pub fn of(&self, runtime: &str) -> Option<Arc<RuntimeSeen>> {
-        self.0.lock().get(runtime)?.seen.clone()
+        self.0.lock().get(runtime)?.seen.as_ref().map(|(_, seen)| seen.clone())
+    }
+
+    /// What they said when they were asked after this time, if they were.
+    pub fn since(&self, runtime: &str, time: Instant) -> Option<Arc<RuntimeSeen>> {
+        self.0.lock().get(runtime)?.seen.as_ref().filter(|(asked, _)| *asked > time).map(|(_, seen)| seen.clone())
     }
 
     /// Has workers asked at once: there are others.
@@ -73,8 +79,8 @@ impl Observations {
         self.0.lock().entry(runtime.to_owned()).or_default().wake.clone()
     }
 
-    fn put(&self, runtime: &str, seen: RuntimeSeen) -> Option<Arc<RuntimeSeen>> {
-        self.0.lock().get_mut(runtime)?.seen.replace(Arc::new(seen))
+    fn put(&self, runtime: &str, asked: Instant, seen: RuntimeSeen) -> Option<Arc<RuntimeSeen>> {
+        self.0.lock().get_mut(runtime)?.seen.replace((asked, Arc::new(seen))).map(|(_, before)| before)
     }
 
     fn close(&self, runtime: &str) {
@@ -133,6 +139,7 @@ async fn follow(context: Arc<Context>, owner: Owner, calls: Arc<Semaphore>) {
             .and_then(|runtime| Some(runtime.status.as_ref()?.table.as_ref()?.members.clone()))
             .unwrap_or_default();
         channels.retain(|address, _| members.iter().any(|member| member.address == *address));
+        let asked = Instant::now();
         let answers = ask_all(&members, &key, &mut channels, &calls).await;
         context.metrics.polls.inc_by(answers.len() as u64);
         context.metrics.poll_failures.inc_by(answers.iter().filter(|answer| answer.said.is_err()).count() as u64);
@@ -140,7 +147,7 @@ async fn follow(context: Arc<Context>, owner: Owner, calls: Arc<Semaphore>) {
         let datasets = context.stores.datasets_of(&owner.namespace, &owner.name);
         let seen = book.enter(answers, &datasets);
         let eager = seen.expects_change(&datasets) && members.len() <= EAGER.1;
-        tell(&context, &owner, &name, &datasets, seen);
+        tell(&context, &owner, &name, &datasets, asked, seen);
 
         let pause = if eager { EAGER.0 } else { EVERY.0.max(EVERY.1 * members.len() as u32) };
         tokio::select! {
@@ -156,9 +163,10 @@ fn tell(
     owner: &Owner,
     name: &ObjectRef<CacheRuntime>,
     datasets: &[Arc<Dataset>],
+    asked: Instant,
     seen: RuntimeSeen,
 ) {
-    let before = context.observations.put(&owner.uid, seen);
+    let before = context.observations.put(&owner.uid, asked, seen);
     let Some(seen) = context.observations.of(&owner.uid) else { return };
     let workers_changed = before.as_ref().is_none_or(|before| before.workers != seen.workers);
     if workers_changed {

@@ -3,6 +3,7 @@
 use std::{process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
+use forebay_protocol::errors::chain;
 use futures::StreamExt as _;
 use kube::{
     Client,
@@ -20,7 +21,7 @@ use tracing::{debug, info, warn};
 use crate::{
     apply::Applied,
     args::RunArgs,
-    context::{Context, ReconcileError, chain},
+    context::{Context, ReconcileError},
     dataset,
     election::Election,
     events::Events,

@@ -49,11 +49,14 @@ pub async fn reconcile(runtime: Arc<CacheRuntime>, context: Arc<Context>) -> Res
         }
         Err(invalid) => Outcome::Invalid(invalid.to_string()),
     };
+    if outcome == Outcome::Ending {
+        return Ok(Action::requeue(AGAIN));
+    }
     let rest = status::publish(&context, &runtime, &found, &outcome).await.map_err(RuntimeError::Status)?;
     match outcome {
         Outcome::Failed(message) => Err(RuntimeError::Apply(message)),
         Outcome::Applied if found.all_serve() => Ok(Action::requeue(rest.unwrap_or_else(resync))),
-        Outcome::Applied | Outcome::NameTaken(_) | Outcome::Invalid(_) => {
+        Outcome::Applied | Outcome::NameTaken(_) | Outcome::Invalid(_) | Outcome::Ending => {
             Ok(Action::requeue(rest.unwrap_or(AGAIN).min(AGAIN)))
         }
     }

@@ -38,6 +38,8 @@ pub enum Outcome {
     NameTaken(String),
     /// What was built is refused.
     Invalid(String),
+    /// Its namespace goes, and it with it.
+    Ending,
     /// To be tried again.
     Failed(String),
 }
@@ -51,6 +53,7 @@ impl From<ApplyError> for Outcome {
             ApplyError::Going { .. } => {
                 Self::Binding(format!("{message}; it is made again when no pod uses it any more"), TOUCH.1)
             }
+            ApplyError::Call { source, .. } if source.is_end_of_namespace() => Self::Ending,
             ApplyError::Call { source, .. } => Self::Failed(format!("{message}: {source}")),
         }
     }

@@ -1,7 +1,7 @@
 //! A Dataset that is to go: claim, volume, bytes on workers, finalizer, in this order.
 //!
 //! Each step is taken as often as it is looked at, until its result is seen in the cluster. Nothing here needs the
-//! CacheRuntime, or workers that answer.
+//! CacheRuntime; workers that do not answer are waited for, but not for ever.
 
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,7 @@ use crate::{
     conditions::{self, Finding, PROGRESSING, READY},
     context::{CallError, Context, within},
     labels::Owner,
+    poll::dataset_id,
 };
 
 /// How often it is looked whether workers forgot it.
@@ -32,7 +33,7 @@ const LOOK: Duration = Duration::from_secs(1);
 const GONE: Duration = Duration::from_secs(10);
 /// How often the pods that use a claim are listed.
 const LIST: Duration = Duration::from_secs(15);
-/// How long workers may take to forget a Dataset. One that is away forgets it when it is back.
+/// How long workers may take to forget a Dataset, and to say so. One that is away forgets it when it is back.
 const FORGET: Duration = Duration::from_secs(60);
 /// Most pods that are listed in search of those that use a claim, and most that are named.
 const PODS: (u32, usize) = (500, 5);
@@ -81,8 +82,8 @@ pub async fn step(context: &Context, dataset: &Dataset, owner: &Owner, found: &F
         say(context, dataset, "waiting for workers to forget its bytes".into(), false).await?;
         return Ok(Action::requeue(LOOK));
     }
-    if remembers(found) {
-        let began = context.remember(&owner.uid, |memory| *memory.forgetting.get_or_insert_with(Instant::now));
+    let began = context.remember(&owner.uid, |memory| *memory.forgetting.get_or_insert_with(Instant::now));
+    if remembers(context, dataset, found, began) {
         if began.elapsed() < FORGET {
             return Ok(Action::requeue(LOOK));
         }
@@ -96,16 +97,17 @@ pub async fn step(context: &Context, dataset: &Dataset, owner: &Owner, found: &F
     Ok(Action::await_change())
 }
 
-/// Whether a worker that answers still has it, or has not been asked.
-fn remembers(found: &Found) -> bool {
-    let has_workers = found.runtime.as_ref().is_some_and(|runtime| {
-        let table = runtime.status.as_ref().and_then(|status| status.table.as_ref());
-        table.is_some_and(|table| !table.members.is_empty())
-    });
-    match &found.seen {
-        Some(_) => found.dataset.as_ref().is_some_and(|dataset| dataset.is_held),
-        None => has_workers,
+/// Whether a worker may serve it or hold something of it: what was said before `began` does not count. Workers that have
+/// not been asked since then are asked now.
+fn remembers(context: &Context, dataset: &Dataset, found: &Found, began: Instant) -> bool {
+    let Some(runtime) = &found.runtime else { return false };
+    let uid = runtime.metadata.uid.as_deref().unwrap_or_default();
+    if let Some(seen) = context.observations.since(uid, began) {
+        return dataset_id(dataset).is_some_and(|id| seen.may_hold(&id));
     }
+    context.observations.wake(uid);
+    let table = runtime.status.as_ref().and_then(|status| status.table.as_ref());
+    table.is_some_and(|table| !table.members.is_empty())
 }
 
 /// What keeps the claim; `None`: nothing new since it was last said.

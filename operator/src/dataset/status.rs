@@ -35,7 +35,7 @@ pub async fn publish(
     after.claim_name = match outcome {
         Outcome::Bound | Outcome::Binding(..) => Some(dataset.name_any()),
         Outcome::NameTaken(_) => None,
-        Outcome::Invalid(_) | Outcome::Failed(_) => before.claim_name.clone(),
+        Outcome::Invalid(_) | Outcome::Failed(_) | Outcome::Ending => before.claim_name.clone(),
     };
     let Some(Assessment { phase, findings }) = assess::assess(&before, found, outcome) else {
         // What was said stays until the workers were asked, which will be told.

@@ -1,7 +1,8 @@
 //! Answers of workers, added up.
 //!
 //! What a worker said last is kept while it is a member: bytes on the disk of one that does not answer are still there.
-//! Whether it serves a Dataset, and what is wrong with a source, only counts from those who answered just now.
+//! Whether it serves a Dataset, and what is wrong with a source, only counts from those who answered just now. Whether
+//! it still holds one that is to go counts from all: who said nothing may hold it.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -40,6 +41,8 @@ pub struct RuntimeSeen {
 pub struct WorkerSeen {
     pub serving: bool,
     pub answered: bool,
+    /// It answered once, now or before.
+    pub is_known: bool,
     pub capacity: u64,
     pub used: u64,
     /// Why its disk keeps nothing; empty when it does.
@@ -51,7 +54,7 @@ pub struct WorkerSeen {
 pub struct DatasetSeen {
     /// Members that serve, answered and know it.
     pub served_by: usize,
-    /// A member that answered serves it, or has not wiped it yet.
+    /// A member serves it, or has not wiped it yet, by its last answer.
     pub is_held: bool,
     pub cached: u64,
     pub pinned: u64,
@@ -99,6 +102,11 @@ impl RuntimeSeen {
         serving.fold((0, 0), |(all, answering), worker| (all + 1, answering + usize::from(worker.answered)))
     }
 
+    /// Whether a member has something of a Dataset, or never said what it has.
+    pub fn may_hold(&self, dataset: &DatasetId) -> bool {
+        self.datasets.get(dataset).is_some_and(|seen| seen.is_held) || self.workers.values().any(|w| !w.is_known)
+    }
+
     /// Whether somebody will soon be there who is not, or know what it does not.
     pub fn expects_change(&self, datasets: &[Arc<Dataset>]) -> bool {
         let (all, answering) = self.serving();
@@ -118,6 +126,7 @@ impl RuntimeSeen {
 #[derive(Default)]
 struct Last {
     seen: WorkerSeen,
+    /// Bytes that are cached and pinned of each Dataset that it holds; none of one that it is wiping.
     datasets: HashMap<DatasetId, (u64, u64)>,
 }
 
@@ -152,10 +161,9 @@ impl Book {
                 last.seen.capacity = status.capacity_bytes;
                 last.seen.used = status.used_bytes;
                 last.seen.tier_problem = status.tier_problem;
-                last.datasets.clear();
-                for id in status.wiping.iter().filter_map(|id| DatasetId::from_slice(id)) {
-                    seen.datasets.entry(id).or_default().is_held = true;
-                }
+                last.seen.is_known = true;
+                let wiping = status.wiping.iter().filter_map(|id| DatasetId::from_slice(id));
+                last.datasets = wiping.map(|id| (id, (0, 0))).collect();
                 for dataset in status.datasets {
                     let Some(id) = DatasetId::from_slice(&dataset.dataset) else { continue };
                     last.datasets.insert(id, (dataset.cached_bytes, dataset.pinned_bytes));
@@ -170,6 +178,7 @@ impl Book {
             }
             for (id, (cached, pinned)) in &last.datasets {
                 let dataset = seen.datasets.entry(*id).or_default();
+                dataset.is_held = true;
                 dataset.cached += cached;
                 dataset.pinned += pinned;
             }
@@ -196,7 +205,6 @@ fn published(dataset: &Arc<Dataset>) -> Option<(DatasetId, Option<Reads>)> {
 
 impl DatasetSeen {
     fn hear(&mut self, said: wire::DatasetStatus, serving: bool) {
-        self.is_held = true;
         self.served_by += usize::from(serving);
         if let Some(scan) = said.scan.and_then(scan) {
             let rank = |scan: &ScanSeen| (scan.generation, scan.state, scan.files);
@@ -312,14 +320,29 @@ mod tests {
 
     #[test]
     fn bytes_that_are_being_wiped_are_still_held() {
-        let mut status = StatusResponse { wiping: vec![id().to_bytes()], ..Default::default() };
-        let ask = |status: StatusResponse| {
-            let answer = Answer { member: member("a", MemberState::Serving), said: Ok(status) };
-            Book::new(Instant::now()).enter(vec![answer], &[]).datasets.get(&id()).is_some_and(|seen| seen.is_held)
+        let answer = |wiping| {
+            let said = Ok(StatusResponse { wiping, ..Default::default() });
+            Answer { member: member("a", MemberState::Serving), said }
         };
-        assert!(ask(status.clone()));
-        status.wiping.clear();
-        assert!(!ask(status));
+        let mut book = Book::new(Instant::now());
+        let seen = book.enter(vec![answer(vec![id().to_bytes()])], &[]);
+        assert!(seen.may_hold(&id()));
+        assert_eq!((seen.datasets[&id()].served_by, seen.datasets[&id()].cached), (0, 0));
+        assert!(!book.enter(vec![answer(Vec::new())], &[]).may_hold(&id()));
+    }
+
+    #[test]
+    fn who_says_nothing_holds_what_it_last_said() {
+        let mut book = Book::new(Instant::now());
+        // One that never said anything may hold anything.
+        assert!(book.enter(vec![silent("a")], &[]).may_hold(&id()));
+        assert!(book.enter(vec![answer("a", |_, _| {})], &[]).may_hold(&id()));
+        assert!(book.enter(vec![silent("a")], &[]).may_hold(&id()));
+        let nothing = Answer { said: Ok(StatusResponse::default()), ..silent("a") };
+        assert!(!book.enter(vec![nothing], &[]).may_hold(&id()));
+        assert!(!book.enter(vec![silent("a")], &[]).may_hold(&id()));
+        // Nobody is there who could.
+        assert!(!book.enter(Vec::new(), &[]).may_hold(&id()));
     }
 
     #[test]

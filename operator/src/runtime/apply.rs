@@ -22,6 +22,8 @@ pub enum Outcome {
     NameTaken(String),
     /// The spec, or what came out of it, is refused.
     Invalid(String),
+    /// Its namespace goes, and it with it.
+    Ending,
     /// To be tried again.
     Failed(String),
 }
@@ -33,6 +35,7 @@ impl From<ApplyError> for Outcome {
             ApplyError::NameTaken { .. } => Self::NameTaken(message),
             ApplyError::Refused { .. } => Self::Invalid(message),
             ApplyError::Going { .. } => Self::Failed(message),
+            ApplyError::Call { source, .. } if source.is_end_of_namespace() => Self::Ending,
             ApplyError::Call { source, .. } => Self::Failed(format!("{message}: {source}")),
         }
     }

@@ -45,7 +45,7 @@ pub async fn publish(
         Some(Assessment { phase, findings: found }) => {
             let generation = runtime.metadata.generation;
             after.observed_generation = match outcome {
-                Outcome::Failed(_) => before.observed_generation,
+                Outcome::Failed(_) | Outcome::Ending => before.observed_generation,
                 Outcome::Applied | Outcome::NameTaken(_) | Outcome::Invalid(_) => generation,
             };
             after.phase = Some(phase);

@@ -76,7 +76,7 @@ fn stopped(found: &Found, outcome: &Outcome) -> Option<Trouble> {
             return Some(Trouble::help("ClaimNameTaken", message));
         }
         Outcome::Invalid(message) => return Some(Trouble::help("SpecInvalid", message)),
-        Outcome::Bound | Outcome::Binding(..) | Outcome::Failed(_) => {}
+        Outcome::Bound | Outcome::Binding(..) | Outcome::Failed(_) | Outcome::Ending => {}
     }
     let Some(runtime) = &found.runtime else {
         return Some(Trouble::wait("RuntimeNotFound", "there is no CacheRuntime of this name in the namespace"));

@@ -32,10 +32,7 @@ mod tests {
 
     #[test]
     fn it_holds_the_key_and_where_the_workers_are() {
-        let file = std::env::temp_dir().join(format!("forebay-secret-{}", std::process::id()));
-        std::fs::write(&file, "0f".repeat(32)).unwrap();
-        let master = Master::read(&file).unwrap();
-        std::fs::remove_file(&file).unwrap();
+        let master = Master::of([7; 32]);
         let secret = build(&testing::runtime(ValidVolume::EmptyDir), &master);
         let data = secret.string_data.unwrap();
         assert_eq!(data["key"], hex::encode(master.derive("vision", "gpu-pool")));

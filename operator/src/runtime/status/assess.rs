@@ -90,7 +90,7 @@ fn problem(
             return help("NameTaken", format!("{message}; remove it, or give the CacheRuntime another name"));
         }
         Outcome::Invalid(message) => return help("SpecInvalid", message.clone()),
-        Outcome::Applied | Outcome::Failed(_) => {}
+        Outcome::Applied | Outcome::Failed(_) | Outcome::Ending => {}
     }
     if let Some((pod, why)) = found.wanted().find_map(|pod| Some((pod, pod.unschedulable()?))) {
         return help("CannotSchedule", format!("no node takes {}: {why}", pod.name_any()));
