@@ -9,4 +9,5 @@ if [ -z "${CSI_SANITY:-}" ]; then
   CSI_SANITY=$PWD/target/e2e/bin/csi-sanity
 fi
 export CSI_SANITY
-exec cargo test --locked --package forebay-csi --test node -- --nocapture sanity::
+# The whole workspace: its features are what other tests were built with.
+exec cargo test --locked --workspace --test node -- --nocapture sanity::

@@ -20,6 +20,7 @@ use std::sync::{
 use bytes::Bytes;
 use forebay_protocol::{
     ChunkKey, DatasetId, DatasetPath, FileVersion, VersionKey,
+    errors::chain,
     identity::{directory_placement_key, is_valid_name},
     worker::{self, InspectRequest, ListRequest, LookupRequest, metadata_client::MetadataClient},
 };
@@ -37,7 +38,6 @@ use crate::{
     fetch::Target,
     members::{Member, count},
     reader::FileReader,
-    transport::chain,
     walk::{self, Walk},
     watch::{self, Watch},
 };

@@ -20,6 +20,7 @@ use std::{
 };
 
 use forebay_protocol::{
+    errors::chain,
     handshake::RuntimeKey,
     table::WorkerTable,
     worker::{TableRequest, TableResponse},
@@ -28,12 +29,7 @@ use futures::{FutureExt, StreamExt, future::BoxFuture};
 use rand::seq::SliceRandom;
 use tokio::{sync::watch, task::JoinHandle, time::Instant};
 
-use crate::{
-    ControlClient,
-    client::Inner,
-    members::Member,
-    transport::{self, chain},
-};
+use crate::{ControlClient, client::Inner, members::Member, transport};
 
 /// How often the table is asked for, give or take a quarter.
 const INTERVAL: Duration = Duration::from_secs(10);

@@ -19,6 +19,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 /// 50 ms * 2^5 is above 1 s.
 const MAX_DOUBLINGS: u32 = 5;
 const LAST_PAUSE: Duration = Duration::from_secs(1);
+/// An error this shortly before the deadline is the deadline's.
+const CUT_SHORT: Duration = Duration::from_millis(100);
 
 pub(crate) struct Rotation<'a> {
     client: &'a Inner,
@@ -99,7 +101,10 @@ impl<'a> Rotation<'a> {
     pub(crate) fn failed(&mut self, member: &Member, error: &str) {
         count(&self.client.counters.failovers, 1);
         count(&member.counters.failovers, 1);
-        self.last_error = Some(format!("worker {}: {error}", member.name));
+        // What only the deadline cut short says less than what was heard before.
+        if self.last_error.is_none() || Instant::now() + CUT_SHORT < self.deadline {
+            self.last_error = Some(format!("worker {}: {error}", member.name));
+        }
     }
 
     /// This member gave a wrong answer.

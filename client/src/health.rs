@@ -12,7 +12,10 @@ use std::{
     time::Duration,
 };
 
-use forebay_protocol::handshake::{ConnectionPurpose, RuntimeKey};
+use forebay_protocol::{
+    errors::chain,
+    handshake::{ConnectionPurpose, RuntimeKey},
+};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -141,7 +144,7 @@ async fn probe_until_up(health: Weak<Health>, closed: CancellationToken, level: 
             match transport::connect(&health.address, &health.key, ConnectionPurpose::Data).await {
                 Ok(_) => return health.up(false),
                 Err(error) => {
-                    tracing::debug!(address = %health.address, error = transport::chain(&error), "probe failed")
+                    tracing::debug!(address = %health.address, error = chain(&error), "probe failed")
                 }
             }
             delay = (delay * 2).min(LAST_PROBE);

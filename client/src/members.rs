@@ -13,6 +13,7 @@ use std::{
 };
 
 use forebay_protocol::{
+    errors::chain,
     handshake::RuntimeKey,
     placement::Placement,
     table::{MemberState, WorkerTable},
@@ -65,7 +66,7 @@ impl Member {
                 Ok(channel)
             }
             Err(error) => {
-                let text: Arc<str> = transport::chain(&error).into();
+                let text: Arc<str> = chain(&error).into();
                 self.health.mark_down(&text);
                 Err(text)
             }
@@ -76,7 +77,7 @@ impl Member {
 impl Member {
     /// It answered a call with this; gives the text. What the transport says, rather than the worker, marks it as down.
     pub(crate) fn refused(&self, status: &tonic::Status) -> String {
-        let text = transport::chain(status);
+        let text = chain(status);
         if std::error::Error::source(status).is_some() {
             self.health.mark_down(&text);
         }

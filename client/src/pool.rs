@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use forebay_protocol::{
+    errors::chain,
     frame::Purpose,
     handshake::{ConnectionPurpose, RuntimeKey},
 };
@@ -94,7 +95,7 @@ impl Pool {
                 Ok(connection)
             }
             Err(error) => {
-                let text: Arc<str> = transport::chain(&error).into();
+                let text: Arc<str> = chain(&error).into();
                 self.health.mark_down(&text);
                 Err(text)
             }

@@ -2,7 +2,10 @@
 
 use std::{io, time::Duration};
 
-use forebay_protocol::handshake::{self, ConnectionPurpose, HandshakeError, RuntimeKey};
+use forebay_protocol::{
+    errors::chain,
+    handshake::{self, ConnectionPurpose, HandshakeError, RuntimeKey},
+};
 use hyper_util::rt::TokioIo;
 use rustix::net::sockopt;
 use tokio::net::TcpStream;
@@ -54,21 +57,6 @@ pub enum ConnectError {
         /// Why.
         message: String,
     },
-}
-
-/// An error and its causes in one line.
-pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text
 }
 
 /// Connects to a worker at `address` (`host:port`) and proves the runtime's key both ways.

@@ -1,6 +1,7 @@
 //! Why a volume operation was not done, and the one place that decides its gRPC code.
 
 use forebay_keeper::KeeperError;
+use forebay_protocol::errors::chain;
 use tonic::Status;
 
 /// Named for what the caller can do. The texts go to whoever called, and from there into a pod's events: they name no
@@ -64,21 +65,6 @@ impl From<VolumeError> for Status {
             VolumeError::System { .. } | VolumeError::Keeper(_) => Self::internal(text),
         }
     }
-}
-
-/// The error and its causes: an event of a pod shows a single line.
-fn chain(error: &KeeperError) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.ends_with(&more) {
-            text.push_str(": ");
-            text.push_str(&more);
-        }
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -4,10 +4,12 @@
 //! - [`table`] and [`placement`]: who the workers are, and which of them owns what;
 //! - [`handshake`]: how every TCP connection begins;
 //! - [`frame`]: the binary frames of a data connection;
-//! - [`worker`]: the generated gRPC messages and services of a control connection.
+//! - [`worker`]: the generated gRPC messages and services of a control connection;
+//! - [`errors`]: what went wrong, in one line.
 //!
 //! Everything that decodes bytes from outside is bounded by the constants beside it and has a fuzz target.
 
+pub mod errors;
 pub mod frame;
 pub mod handshake;
 pub mod identity;

@@ -3,14 +3,14 @@
 use std::{ops::Range, sync::Arc};
 
 use bytes::Bytes;
-use forebay_protocol::VersionKey;
+use forebay_protocol::{VersionKey, errors::chain};
 use futures::{StreamExt, stream, stream::BoxStream};
 use http::{HeaderValue, StatusCode, header};
 use object_store::client::{HttpError, HttpResponse};
 
 use super::{
     Inner,
-    transport::{Call, chain},
+    transport::Call,
     version::{State, condition, content_length, content_range},
 };
 use crate::{

@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use forebay_protocol::errors::chain;
 use futures::StreamExt;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use object_store::{
@@ -229,8 +230,8 @@ impl Transport {
                 of_status(&format!("{name}{region}"), status, &document, retry_after)
             }
             // Refused, reset, broken, not HTTP, a bad certificate: all of that passes when somebody mends the store.
-            Some(Err(error)) => Failure::passing(format!("{name}: {}", chain(&error))),
-            None => silent("no answer"),
+            Some(Err(error)) => Failure::passing(format!("{name} at {}: {}", self.base, chain(&error))),
+            None => silent(&format!("no answer of {}", self.base)),
         };
         if no_bucket {
             self.requests.broken(verb, &failure);
@@ -361,21 +362,6 @@ fn base_url(endpoint: Option<&str>, addressing: Option<S3Addressing>, region: &s
 
 fn is_plain(text: &str) -> bool {
     HeaderValue::from_str(text).is_ok_and(|value| value.to_str().is_ok())
-}
-
-/// An error with its causes, in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        // Many errors repeat their cause.
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        source = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]
