@@ -25,6 +25,11 @@ e2e/cluster/build.sh >/dev/null
 e2e/tools.sh
 e2e/chart.sh
 cargo build --workspace --bins --profile "${PROFILE:-dev}"
+if [ $# = 0 ]; then
+  # What needs no node: the operator on an API server alone, and the conformance tests of the driver.
+  FOREBAY_KUBERNETES=$e2e/kubernetes/$kubernetes cargo test --workspace --profile "${PROFILE:-dev}" --test api_server
+  csi-driver/sanity.sh
+fi
 
 trap finish EXIT
 trap 'exit 130' INT TERM

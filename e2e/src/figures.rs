@@ -1,4 +1,8 @@
-//! What docs/benchmarks.md reports of a cluster: `make e2e-figures`. It prints a table and judges nothing.
+//! What docs/benchmarks.md reports of a cluster: `PROFILE=release e2e/run.sh --figures`. It prints a table and judges
+//! nothing.
+
+mod thousand;
+mod warm;
 
 use std::{
     process::ExitCode,
@@ -32,8 +36,13 @@ pub fn run(env: &Env) -> anyhow::Result<ExitCode> {
     env.kubectl.run(&["create", "namespace", NAMESPACE])?;
     let rows = measure(env);
     env.kubectl.remove_namespace(NAMESPACE)?;
+    let mut rows = rows?;
+    if let Some(cluster) = &env.cluster {
+        rows.extend(warm::measure(env)?);
+        rows.extend(thousand::measure(env, cluster)?);
+    }
     println!("| what | measured | goal |\n|---|---|---|");
-    for Row { what, value, goal } in rows? {
+    for Row { what, value, goal } in rows {
         println!("| {what} | {value} | {goal} |");
     }
     Ok(ExitCode::SUCCESS)
@@ -74,6 +83,11 @@ fn measure(env: &Env) -> anyhow::Result<Vec<Row>> {
     let value = format!("{:.2} s against {:.2} s with an emptyDir", with.as_secs_f64(), without.as_secs_f64());
     rows.push(Row { what: "pod created -> first byte read (median of 7)", value, goal: "<= +1 s" });
 
+    rows.push(Row {
+        what: "NodeStageVolume + NodePublishVolume, mean on node1",
+        value: format!("{:.0} ms", node_calls(env, "node1")?.as_secs_f64() * 1e3),
+        goal: "< 50 ms",
+    });
     if let Some(cluster) = &env.cluster {
         for (what, goal, process) in [
             ("node plugin RSS", "< 32 MiB", "forebay-csi"),
@@ -120,4 +134,29 @@ fn first_byte(env: &Env, name: &str, volume: bool) -> anyhow::Result<Duration> {
     })?;
     env.kubectl.run(&["--namespace", ns, "delete", "pod", name, "--grace-period=1"])?;
     Ok(took)
+}
+
+/// The mean time that the node plugin of a node takes to stage a volume and to publish it.
+fn node_calls(env: &Env, node: &str) -> anyhow::Result<Duration> {
+    let plugins = env.kubectl.list(&env.system, "pods", "app.kubernetes.io/component=csi")?;
+    let here = plugins.iter().find(|pod| pod["spec"]["nodeName"] == node).context("no node plugin there")?;
+    let metrics = scrape(env, &text(&here["metadata"]["name"]), 7402)?;
+    let mean = |method: &str| {
+        let of =
+            |part: &str| value(&metrics, &format!("forebay_csi_call_duration_seconds_{part}{{method=\"{method}\"}}"));
+        of("sum") / of("count")
+    };
+    Ok(Duration::from_secs_f64(mean("NodeStageVolume") + mean("NodePublishVolume")))
+}
+
+/// The metrics of a pod of the chart.
+fn scrape(env: &Env, pod: &str, port: u16) -> anyhow::Result<String> {
+    let path = format!("/api/v1/namespaces/{}/pods/{pod}:{port}/proxy/metrics", env.system);
+    env.kubectl.run(&["get", "--raw", &path])
+}
+
+/// A value of a metrics text; 0 when it is not there.
+fn value(metrics: &str, series: &str) -> f64 {
+    let line = metrics.lines().find_map(|line| line.strip_prefix(series));
+    line.and_then(|value| value.trim().parse().ok()).unwrap_or_default()
 }

@@ -49,11 +49,11 @@ impl Env {
         Ok(())
     }
 
-    /// The script of reading pods.
+    /// The scripts of reading pods.
     pub fn code(&self, namespace: &str) -> anyhow::Result<()> {
         if self.kubectl.find(namespace, "configmap", "code")?.is_none() {
-            let file = format!("--from-file=read.py={}", self.root.join("e2e/pods/read.py").display());
-            self.kubectl.run(&["--namespace", namespace, "create", "configmap", "code", &file])?;
+            let files = format!("--from-file={}", self.root.join("e2e/pods").display());
+            self.kubectl.run(&["--namespace", namespace, "create", "configmap", "code", &files])?;
         }
         Ok(())
     }

@@ -50,6 +50,14 @@ async fn scanned(cluster: &Cluster, files: u64) {
     .await;
 }
 
+/// Workers take up other sources within half a second of each other: waits until the owners of these files' directories
+/// have.
+async fn shown(cluster: &Cluster, files: &[&str]) {
+    for file in files {
+        eventually("its source at the directory's owner", || async { cluster.version(file).await.is_ok() }).await;
+    }
+}
+
 /// On a machine that does nothing else it is a second; the file is looked at twice per second.
 const SOON: Duration = Duration::from_secs(4);
 
@@ -166,6 +174,7 @@ async fn sources_come_and_go_under_readers_of_the_others() {
     let main = at("/", source(&cluster.store, "main/"));
     cluster.configure(&[cluster.with_sources(vec![main.clone()])]);
     scanned(&cluster, 8).await;
+    shown(&cluster, &["/d0/f0", "/d1/f1"]).await;
     for i in 0..8 {
         cluster.check(&format!("/d{}/f{i}", i % 2), i, MIB).await;
     }
@@ -208,6 +217,7 @@ async fn sources_come_and_go_under_readers_of_the_others() {
         tokio::time::timeout(SOON, change).await.unwrap();
         eventually("the new directory", || async { cluster.names().lookup(&path("/"), b"labels").await.is_ok() }).await;
         scanned(&cluster, 16).await;
+        shown(&cluster, &["/labels/l0"]).await;
         for i in 0..8 {
             cluster.check(&format!("/labels/l{i}"), 100 + i, 10_000).await;
         }

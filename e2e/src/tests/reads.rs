@@ -16,7 +16,18 @@ pub fn a_pod_reads_verified_bytes(env: &Env, ns: &str) -> TestResult {
     })?;
     ensure!(dataset["status"]["bytes"] == data::bytes(&files), "status: {}", dataset["status"]);
     ensure!(dataset["status"]["phase"] == "Ready", "status: {}", dataset["status"]);
+    read_ahead_is_set(env)?;
     Ok(Outcome::Passed)
+}
+
+/// The node plugin's pod reaches what says how far the kernel reads ahead.
+fn read_ahead_is_set(env: &Env) -> anyhow::Result<()> {
+    let plugins = env.kubectl.list(&env.system, "pods", "app.kubernetes.io/component=csi")?;
+    for plugin in plugins {
+        let log = env.kubectl.logs(&env.system, &text(&plugin["metadata"]["name"]))?;
+        ensure!(!log.contains("read-ahead stays"), "{log}");
+    }
+    Ok(())
 }
 
 /// Two pods on two nodes: what the first read is read from workers by the second.
