@@ -179,9 +179,10 @@ async fn inspection_and_control() {
     let inspection = cluster.dataset.inspect(&file, &size).await.unwrap();
     assert_eq!((inspection.cached_bytes, inspection.pinned), (1000, true));
     assert!(inspection.owner.starts_with("worker-"));
+    cluster.workers[1].state.names.status.lock().worker = "the second".into();
     let mut control = cluster.client.control("worker-1").await.unwrap();
     let status = control.status(forebay_protocol::worker::StatusRequest::default()).await.unwrap();
-    assert_eq!(status.into_inner().worker, "fake");
+    assert_eq!(status.into_inner().worker, "the second");
     assert!(matches!(cluster.client.control("nobody").await, Err(ClientError::Invalid(_))));
     cluster.workers[0].stop();
     assert!(matches!(cluster.client.control("worker-0").await, Err(ClientError::Unavailable(_)) | Ok(_)));
