@@ -54,20 +54,16 @@ pub(crate) struct Server {
     directory: tempfile::TempDir,
 }
 
-/// The folder that the environment names, or the newest version that e2e has built.
+/// The folder that the environment names: who has built it decides when these tests, two minutes long, run.
 fn binaries() -> Result<PathBuf, String> {
-    if let Some(named) = env::var_os(BINARIES).map(PathBuf::from) {
-        let missing = ["etcd", "kube-apiserver"].into_iter().find(|name| !named.join(name).exists());
-        return match missing {
-            Some(name) => panic!("{BINARIES} is {}, where there is no {name}", named.display()),
-            None => Ok(named),
-        };
+    let Some(named) = env::var_os(BINARIES).map(PathBuf::from) else {
+        return Err(format!("no {BINARIES}; e2e/run.sh names it, and e2e/cluster/build.sh builds it"));
+    };
+    let missing = ["etcd", "kube-apiserver"].into_iter().find(|name| !named.join(name).exists());
+    match missing {
+        Some(name) => panic!("{BINARIES} is {}, where there is no {name}", named.display()),
+        None => Ok(named),
     }
-    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/e2e/kubernetes");
-    let versions = fs::read_dir(built).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
-    let whole = |version: &PathBuf| version.join("etcd").exists() && version.join("kube-apiserver").exists();
-    let newest = versions.filter(whole).max();
-    newest.ok_or_else(|| format!("no {BINARIES}, and none in target/e2e/kubernetes (e2e/cluster/build.sh builds it)"))
 }
 
 /// Ports that were free a moment ago.
