@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Row, scrape, value};
+use super::{Row, print, scrape, value};
 use crate::{
     Env,
     cluster::Cluster,
@@ -18,14 +18,14 @@ const OPERATOR: &str = "forebay-operator run";
 /// How long nothing is done to see what the operator does then.
 const REST: Duration = Duration::from_secs(60);
 
-pub(super) fn measure(env: &Env, cluster: &Cluster) -> anyhow::Result<Vec<Row>> {
+pub(super) fn measure(env: &Env, cluster: &Cluster) -> anyhow::Result<()> {
     env.kubectl.remove_namespace(NAMESPACE)?;
     env.kubectl.run(&["create", "namespace", NAMESPACE])?;
-    let rows = observe(env, cluster);
+    print(observe(env, cluster)?);
     // In good time: each has a finalizer, a claim and a volume.
-    env.kubectl.run(&["--namespace", NAMESPACE, "delete", "datasets", "--all", "--timeout=10m"])?;
-    env.kubectl.remove_namespace(NAMESPACE)?;
-    rows
+    env.kubectl.run(&["--namespace", NAMESPACE, "delete", "datasets", "--all", "--wait=false"])?;
+    until("all Datasets are gone", 600, || Ok(env.kubectl.list(NAMESPACE, "datasets", "")?.is_empty()))?;
+    env.kubectl.remove_namespace(NAMESPACE)
 }
 
 fn observe(env: &Env, cluster: &Cluster) -> anyhow::Result<Vec<Row>> {
