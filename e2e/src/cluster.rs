@@ -48,6 +48,15 @@ impl Cluster {
         Ok(list.lines().filter(ours).filter_map(|line| line.split_whitespace().next()?.parse().ok()).collect())
     }
 
+    /// The same of all nodes: node and process.
+    pub fn everywhere(&self, text: &str) -> anyhow::Result<Vec<(u32, u32)>> {
+        let mut found = Vec::new();
+        for node in 1..=NODES {
+            found.extend(self.processes(node, text)?.into_iter().map(|process| (node, process)));
+        }
+        Ok(found)
+    }
+
     /// kill -9.
     pub fn kill(&self, node: u32, process: u32) -> anyhow::Result<()> {
         self.on(node, &["kill", "-9", &process.to_string()]).map(drop)

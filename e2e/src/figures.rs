@@ -58,13 +58,9 @@ fn measure(env: &Env) -> anyhow::Result<Vec<Row>> {
     env.store.fill(ns, &files)?;
     let mut rows = Vec::new();
 
-    let ready = |kind: &str, name: &str| {
-        let object = format!("{kind}/{name}");
-        env.kubectl.run(&["--namespace", ns, "wait", "--for=condition=Ready", &object, "--timeout=90s"])
-    };
     let begin = Instant::now();
     env.kubectl.apply(ns, &runtime("cache", 2, "1Gi"))?;
-    ready("cacheruntime", "cache")?;
+    env.kubectl.ready(ns, "cacheruntime/cache", 90)?;
     rows.push(row("CacheRuntime applied -> 2 workers Ready", begin.elapsed(), "< 10 s"));
 
     let begin = Instant::now();
@@ -73,7 +69,7 @@ fn measure(env: &Env) -> anyhow::Result<Vec<Row>> {
         Ok(env.kubectl.find(ns, "pvc", "data")?.is_some_and(|claim| claim["status"]["phase"] == "Bound"))
     })?;
     rows.push(row("Dataset applied -> PVC bound", begin.elapsed(), "< 3 s"));
-    ready("dataset", "data")?;
+    env.kubectl.ready(ns, "dataset/data", 90)?;
 
     env.reader(ns, "warm", Some("node1"), &[])?;
     env.read_once(ns, "warm", &files)?;
@@ -100,10 +96,8 @@ fn measure(env: &Env) -> anyhow::Result<Vec<Row>> {
             ("worker RSS", "reported", "forebay worker"),
         ] {
             let mut bytes = Vec::new();
-            for node in 1..=cluster.nodes() {
-                for process in cluster.processes(node, process)? {
-                    bytes.push(cluster.resident(node, process)?);
-                }
+            for (node, process) in cluster.everywhere(process)? {
+                bytes.push(cluster.resident(node, process)?);
             }
             let largest = bytes.iter().max().context("no such process")?;
             rows.push(Row { what, value: format!("{:.1} MiB", *largest as f64 / 1048576.0), goal });

@@ -95,6 +95,12 @@ impl Kubectl {
         self.run(&["--namespace", namespace, "delete", kind, name, "--ignore-not-found", "--wait=false"]).map(drop)
     }
 
+    /// Waits until an object (`dataset/data`) is Ready.
+    pub fn ready(&self, namespace: &str, object: &str, seconds: u64) -> anyhow::Result<()> {
+        let timeout = format!("--timeout={seconds}s");
+        self.run(&["--namespace", namespace, "wait", "--for=condition=Ready", object, &timeout]).map(drop)
+    }
+
     /// Runs a command in a pod.
     pub fn exec(&self, namespace: &str, pod: &str, command: &[&str]) -> anyhow::Result<String> {
         let mut arguments = vec!["--namespace", namespace, "exec", pod, "--"];

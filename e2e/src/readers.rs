@@ -38,15 +38,7 @@ impl Env {
     /// As [`Self::usual`], and waits until the Dataset is Ready.
     pub fn usual_ready(&self, namespace: &str, files: &[File], workers: u32) -> anyhow::Result<()> {
         self.usual(namespace, files, workers)?;
-        self.kubectl.run(&[
-            "--namespace",
-            namespace,
-            "wait",
-            "--for=condition=Ready",
-            "dataset/data",
-            "--timeout=90s",
-        ])?;
-        Ok(())
+        self.kubectl.ready(namespace, "dataset/data", 90)
     }
 
     /// The scripts of reading pods.

@@ -30,6 +30,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use forebay_client::transport;
 use forebay_protocol::{
     BlockRange, block_checksum,
+    errors::chain,
     frame::{
         Answer, DATA_HEAD, HEADER, Header, MAX_ANSWER_BODY, MAX_READ_BLOCKS, Purpose, Read, Request, decode_answer,
         decode_data_head, encode_request,
@@ -188,7 +189,7 @@ impl Peers {
     async fn connect(&self, address: &str) -> Result<Connection, Problem> {
         match timeout(CONNECT, transport::connect(address, &self.key, ConnectionPurpose::Data)).await {
             Ok(Ok(stream)) => Ok(Connection { stream, last: 0 }),
-            Ok(Err(error)) => Err(Problem::Failed(error.to_string())),
+            Ok(Err(error)) => Err(Problem::Failed(chain(&error))),
             Err(_) => Err(Problem::Failed(format!("no connection within {CONNECT:?}"))),
         }
     }

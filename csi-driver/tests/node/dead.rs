@@ -10,7 +10,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use forebay_csi::proto::csi::{ProbeRequest, VolumeHealthErrorType, identity_client::IdentityClient};
+use forebay_csi::proto::csi::{
+    ProbeRequest, VolumeHealthErrorType, identity_client::IdentityClient, volume_health::VolumeHealthEntry,
+};
 use rustix::{mount::UnmountFlags, process::Signal};
 use tonic::Code;
 
@@ -85,14 +87,8 @@ async fn daemons_killed_under_a_reader() {
     assert_eq!(error.code(), Code::Unavailable);
     assert!(error.message().contains("no FUSE daemon is connected"), "{error:?}");
     rig.unpublish("v", "other").await.unwrap();
-    let health = || async { rig.health("v", &target).await.unwrap().health_statuses };
-    let deadline = Instant::now() + crate::rig::PATIENCE;
-    while health().await.first().map(|health| (health.status(), health.reason.clone()))
-        != Some((VolumeHealthErrorType::Inaccessible, "NoDaemon".to_owned()))
-    {
-        assert!(Instant::now() < deadline, "{:?}", health().await);
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    let is_inaccessible = |health: &VolumeHealthEntry| health.status() == VolumeHealthErrorType::Inaccessible;
+    rig.health_becomes("v", &target, |health| is_inaccessible(health) && health.reason == "NoDaemon").await;
     assert_eq!(rig.stats("v", &target).await.unwrap_err().code(), Code::Unavailable);
     assert!(!waiting.is_finished());
     let device = mounts_at(&target)[0].device.clone();
@@ -121,15 +117,7 @@ async fn a_connection_that_is_aborted_is_made_again() {
     rig.daemons.clear();
     rig.daemon();
     rig.daemon();
-    let deadline = Instant::now() + crate::rig::PATIENCE;
-    loop {
-        let health = rig.health("v", &a).await.unwrap().health_statuses;
-        if health.first().is_some_and(|health| health.status() == VolumeHealthErrorType::Inaccessible) {
-            break;
-        }
-        assert!(Instant::now() < deadline, "{health:?}");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    rig.health_becomes("v", &a, |health| health.status() == VolumeHealthErrorType::Inaccessible).await;
 
     // The kubelet publishes again, each pod in its time.
     rig.publish("v", "pod-a").await.unwrap();
@@ -243,7 +231,7 @@ async fn nobody_is_left() {
     let mut rig = Rig::new().await;
     rig.stage("v").await.unwrap();
     let target = rig.publish("v", "pod").await.unwrap();
-    rig.node().node_publish_volume(rig.inline_request("csi-0a", "inline")).await.unwrap();
+    rig.publish_inline("csi-0a", "inline").await.unwrap();
     rig.kill();
     rig.daemons.clear();
     assert!(read(&target).await.is_err());
@@ -251,7 +239,7 @@ async fn nobody_is_left() {
     rig.daemon();
     rig.daemon();
     rig.publish("v", "pod").await.unwrap();
-    rig.node().node_publish_volume(rig.inline_request("csi-0a", "inline")).await.unwrap();
+    rig.publish_inline("csi-0a", "inline").await.unwrap();
     for pod in ["pod", "inline"] {
         read(&rig.target_path(pod)).await.unwrap();
         assert_eq!(mounts_at(&rig.target_path(pod)).len(), 1);

@@ -12,7 +12,7 @@ async fn published_and_gone() {
     let rig = Rig::new().await;
     for (volume, pod) in [("csi-0a", "pod-a"), ("csi-0b", "pod-b")] {
         for _ in 0..2 {
-            rig.node().node_publish_volume(rig.inline_request(volume, pod)).await.unwrap();
+            rig.publish_inline(volume, pod).await.unwrap();
             read(&rig.target_path(pod)).await.unwrap();
         }
         let stage = rig.plugin().join("inline").join(volume);
@@ -35,7 +35,7 @@ async fn nothing_is_left_when_publishing_fails() {
     let rig = Rig::new().await;
     let target = rig.target_path("pod");
     mount_foreign(&target);
-    let error = rig.node().node_publish_volume(rig.inline_request("csi-0a", "pod")).await.unwrap_err();
+    let error = rig.publish_inline("csi-0a", "pod").await.unwrap_err();
     assert_eq!(error.code(), Code::FailedPrecondition, "{error:?}");
     assert_eq!(rig.mounts(), std::slice::from_ref(&target));
     // What is not ours is not touched.

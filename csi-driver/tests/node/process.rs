@@ -99,7 +99,7 @@ async fn restarted_under_readers() {
     let mut rig = Rig::new().await;
     rig.stage("v").await.unwrap();
     let target = rig.publish("v", "pod").await.unwrap();
-    rig.node().node_publish_volume(rig.inline_request("csi-0a", "inline")).await.unwrap();
+    rig.publish_inline("csi-0a", "inline").await.unwrap();
     let readers = [target.clone(), rig.target_path("inline")].map(Reader::start);
     let mounts = rig.mounts();
     for round in 0..4 {
@@ -113,7 +113,7 @@ async fn restarted_under_readers() {
         rig.start().await;
         // The kubelet stages nothing, but publishes again.
         rig.publish("v", "pod").await.unwrap();
-        rig.node().node_publish_volume(rig.inline_request("csi-0a", "inline")).await.unwrap();
+        rig.publish_inline("csi-0a", "inline").await.unwrap();
         assert_eq!(rig.mounts(), mounts);
         read(&rig.publish("v", "new").await.unwrap()).await.unwrap();
         rig.unpublish("v", "new").await.unwrap();

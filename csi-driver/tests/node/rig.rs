@@ -16,6 +16,7 @@ use forebay_csi::proto::csi::{
     NodeUnpublishVolumeRequest, NodeUnstageVolumeRequest, VolumeCapability, VolumeHealth, VolumeUsage,
     node_client::NodeClient,
     volume_capability::{AccessMode, AccessType, MountVolume, access_mode::Mode},
+    volume_health::VolumeHealthEntry,
 };
 use forebay_fuse::memory::pattern;
 use hyper_util::rt::TokioIo;
@@ -257,6 +258,10 @@ impl Rig {
         self.node().node_publish_volume(self.publish_request(volume, pod)).await.map(|_| self.target_path(pod))
     }
 
+    pub(crate) async fn publish_inline(&self, volume: &str, pod: &str) -> Result<PathBuf, Status> {
+        self.node().node_publish_volume(self.inline_request(volume, pod)).await.map(|_| self.target_path(pod))
+    }
+
     pub(crate) async fn unpublish(&self, volume: &str, pod: &str) -> Result<(), Status> {
         let target_path = text(&self.target_path(pod));
         let request = NodeUnpublishVolumeRequest { volume_id: volume.to_owned(), target_path };
@@ -282,6 +287,19 @@ impl Rig {
             ..Default::default()
         };
         Ok(self.node().node_get_volume_health(request).await?.into_inner().volume_health.unwrap())
+    }
+
+    /// Waits until a volume that is published at `path` says of its health what is wanted.
+    pub(crate) async fn health_becomes(&self, volume: &str, path: &Path, wanted: impl Fn(&VolumeHealthEntry) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let health = self.health(volume, path).await.unwrap().health_statuses;
+            if health.first().is_some_and(&wanted) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{health:?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     /// Every mount below the kubelet's directory.

@@ -135,7 +135,7 @@ async fn from_the_store_to_the_pod() {
     rig.stage("v").await.unwrap();
     let target = rig.publish("v", "pod").await.unwrap();
     // By name only, as a pod's own volume has it.
-    rig.node().node_publish_volume(rig.inline_request("csi-0a", "other")).await.unwrap();
+    rig.publish_inline("csi-0a", "other").await.unwrap();
     let inline = rig.target_path("other");
     for index in 0..8 {
         let name = format!("train/{index}");
@@ -159,15 +159,7 @@ async fn from_the_store_to_the_pod() {
 
     // All workers go: the volume says so.
     workers.stop.cancel();
-    let deadline = std::time::Instant::now() + PATIENCE;
-    loop {
-        let health = rig.health("v", &target).await.unwrap().health_statuses;
-        if health.first().is_some_and(|health| health.reason == "NoWorker") {
-            break;
-        }
-        assert!(std::time::Instant::now() < deadline, "{health:?}");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    rig.health_becomes("v", &target, |health| health.reason == "NoWorker").await;
     rig.unpublish("v", "pod").await.unwrap();
     rig.unpublish("csi-0a", "other").await.unwrap();
     rig.unstage("v").await.unwrap();

@@ -57,10 +57,8 @@ fn observe(env: &Env, cluster: &Cluster) -> anyhow::Result<Vec<Row>> {
     env.kubectl.run(&["--namespace", &env.system, "rollout", "status", deployment, "--timeout=2m"])?;
 
     let mut processes = Vec::new();
-    for node in 1..=cluster.nodes() {
-        for process in cluster.processes(node, OPERATOR)? {
-            processes.push((node, process, cluster.cpu_seconds(node, process)?));
-        }
+    for (node, process) in cluster.everywhere(OPERATOR)? {
+        processes.push((node, process, cluster.cpu_seconds(node, process)?));
     }
     std::thread::sleep(REST);
     let (mut cpu, mut resident) = (0.0_f64, 0);

@@ -50,7 +50,7 @@ fn compare(env: &Env) -> anyhow::Result<Vec<Row>> {
     env.store.fill(ns, &files)?;
     let manifests = manifests::usual(&env.store, ns, 1).replace("1Gi", "4Gi");
     env.kubectl.apply(ns, &manifests)?;
-    env.kubectl.run(&["--namespace", ns, "wait", "--for=condition=Ready", "dataset/data", "--timeout=90s"])?;
+    env.kubectl.ready(ns, "dataset/data", 90)?;
     let worker = env.kubectl.get(ns, "pod", "cache-forebay-0")?;
     env.idle(ns, "timer", Some(&text(&worker["spec"]["nodeName"])))?;
     let up = Up::start(&manifests)?;

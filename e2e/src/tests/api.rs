@@ -16,8 +16,8 @@ pub fn kubectl_explains_waits_scales_and_shows(env: &Env, ns: &str) -> TestResul
 
     let files = data::usual();
     env.usual(ns, &files, 1)?;
-    env.kubectl.run(&["--namespace", ns, "wait", "--for=condition=Ready", "crt/cache", "--timeout=60s"])?;
-    env.kubectl.run(&["--namespace", ns, "wait", "--for=condition=Ready", "dataset/data", "--timeout=60s"])?;
+    env.kubectl.ready(ns, "crt/cache", 60)?;
+    env.kubectl.ready(ns, "dataset/data", 60)?;
     let volume_claim = env.kubectl.get(ns, "pvc", "data")?;
     ensure!(volume_claim["status"]["phase"] == "Bound", "{}", volume_claim["status"]);
 

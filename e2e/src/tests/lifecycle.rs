@@ -23,7 +23,7 @@ pub fn long_names_and_equal_names(env: &Env, ns: &str) -> TestResult {
     env.kubectl.apply(ns, &manifests)?;
     for (index, name) in names.iter().enumerate() {
         let dataset = format!("dataset/{name}");
-        env.kubectl.run(&["--namespace", ns, "wait", "--for=condition=Ready", &dataset, "--timeout=90s"])?;
+        env.kubectl.ready(ns, &dataset, 90)?;
         let reader = format!("reader-{index}");
         env.reader_of(ns, &reader, name, None, &[])?;
         env.read_once(ns, &reader, &files)?;
@@ -72,7 +72,7 @@ spec:
         Ok(text(&claim["metadata"]["uid"]) == uid && claim["spec"]["volumeName"].is_null())
     })?;
     env.kubectl.delete(ns, "pvc", "data")?;
-    env.kubectl.run(&["--namespace", ns, "wait", "--for=condition=Ready", "dataset/data", "--timeout=60s"])?;
+    env.kubectl.ready(ns, "dataset/data", 60)?;
     env.reader(ns, "reader", None, &[])?;
     env.read_once(ns, "reader", &files)?;
     Ok(Outcome::Passed)
@@ -144,7 +144,7 @@ pub fn objects_go_while_the_operator_is_away(env: &Env, ns: &str) -> TestResult 
     scale(2)?;
     result?;
     until("the deleted Dataset is gone", 90, || Ok(env.kubectl.find(ns, "dataset", "data")?.is_none()))?;
-    env.kubectl.run(&["--namespace", ns, "wait", "--for=condition=Ready", "dataset/more", "--timeout=90s"])?;
+    env.kubectl.ready(ns, "dataset/more", 90)?;
     env.reader_of(ns, "reader", "more", None, &[])?;
     env.read_once(ns, "reader", &files)?;
     env.kubectl.delete(ns, "pod", "reader")?;

@@ -70,10 +70,8 @@ pub fn the_node_plugin_restarts(env: &Env, ns: &str) -> TestResult {
         roll(env, "csi")?;
         // And once more without a warning, where we can.
         if let Some(cluster) = &env.cluster {
-            for node in 1..=cluster.nodes() {
-                for process in cluster.processes(node, "forebay-csi")? {
-                    cluster.kill(node, process)?;
-                }
+            for (node, process) in cluster.everywhere("forebay-csi")? {
+                cluster.kill(node, process)?;
             }
         }
         Ok(())
