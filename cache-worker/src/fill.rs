@@ -215,6 +215,11 @@ impl FillEngine {
         &self.inner.disk
     }
 
+    /// A client knows this epoch of the worker table, which is newer than ours.
+    pub(crate) fn saw_epoch(&self, epoch: u64) {
+        self.inner.peers.saw_epoch(epoch);
+    }
+
     /// Chunks of which something is in flight or waited for.
     pub(crate) fn chunks_in_flight(&self) -> usize {
         self.inner.chunks.lock().len()

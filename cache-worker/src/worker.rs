@@ -88,6 +88,7 @@ impl Worker {
     /// A sender knows this epoch of the table.
     pub(crate) fn saw_epoch(&self, epoch: u64) {
         if epoch > self.members.table().epoch {
+            self.engine.saw_epoch(epoch);
             self.newer_table.notify_one();
         }
     }

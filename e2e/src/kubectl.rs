@@ -9,6 +9,8 @@ use std::{
 use anyhow::{Context as _, bail};
 use serde_json::Value;
 
+use crate::runner::say_line;
+
 /// Longest that one command may take.
 const DEADLINE: Duration = Duration::from_secs(120);
 
@@ -168,8 +170,8 @@ impl Kubectl {
             ],
         ] {
             match self.run(&arguments) {
-                Ok(output) => eprintln!("--- kubectl {}\n{output}", arguments.join(" ")),
-                Err(error) => eprintln!("--- {error:#}"),
+                Ok(output) => say_line(format_args!("--- kubectl {}\n{output}", arguments.join(" "))),
+                Err(error) => say_line(format_args!("--- {error:#}")),
             }
         }
     }

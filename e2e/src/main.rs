@@ -4,7 +4,7 @@
 //! - `cluster`: what only our own cluster allows: cutting a node's power, stopping the API server, looking at processes;
 //! - `store`: the S3 store that Datasets read from, with a count of its requests; `data`: what is in it;
 //! - `readers`: pods that read and check; `manifests`: the objects of tests;
-//! - `tests`: the tests, by topic, in the order they run; `figures`: what docs/benchmarks.md reports.
+//! - `tests`: the tests, by topic; `runner`: in which order they run; `figures`: what docs/benchmarks.md reports.
 //!
 //! A test gets a namespace of its own, which goes at its end. Nothing is tried again: a test that fails stays failed.
 
@@ -17,16 +17,17 @@ mod kubectl;
 mod manifests;
 mod nodes;
 mod readers;
+mod runner;
 mod store;
 mod tests;
 mod wait;
 
-use std::{path::PathBuf, process::ExitCode, time::Instant};
+use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::Parser;
 
-use crate::{cluster::Cluster, kubectl::Kubectl, store::Store};
+use crate::{cluster::Cluster, kubectl::Kubectl, runner::say_line, store::Store};
 
 #[derive(Debug, Parser)]
 #[command(about = "Runs Forebay's tests on a real Kubernetes cluster")]
@@ -75,9 +76,19 @@ pub enum Outcome {
 
 pub type TestResult = anyhow::Result<Outcome>;
 
+/// What may run beside a test.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Company {
+    /// It disturbs only what is in its own namespace, so others like it may.
+    SideBySide,
+    /// It harms what all share.
+    Alone,
+}
+
 /// A test: its name, and what it does in a namespace of its own.
 pub struct Test {
     pub name: &'static str,
+    pub company: Company,
     pub run: fn(&Env, &str) -> TestResult,
 }
 
@@ -93,7 +104,7 @@ fn main() -> ExitCode {
 
 fn run(args: Args) -> anyhow::Result<ExitCode> {
     let wanted = |name: &str| args.words.is_empty() || args.words.iter().any(|word| name.contains(word.as_str()));
-    let chosen: Vec<&Test> = tests::ALL.iter().filter(|test| wanted(test.name)).collect();
+    let chosen: Vec<&'static Test> = tests::ALL.iter().filter(|test| wanted(test.name)).collect();
     if args.list {
         for test in chosen {
             println!("{}", test.name);
@@ -111,23 +122,7 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
     if args.figures {
         return figures::run(&env);
     }
-    let mut failed = Vec::new();
-    for (index, test) in chosen.iter().enumerate() {
-        println!("[{}/{}] {}", index + 1, chosen.len(), test.name);
-        let begin = Instant::now();
-        let namespace = format!("e2e-{}", test.name.replace('_', "-").chars().take(40).collect::<String>());
-        let namespace = namespace.trim_end_matches('-').to_owned();
-        let result = env.in_namespace(&namespace, test.run);
-        let took = begin.elapsed().as_secs_f32();
-        match result {
-            Ok(Outcome::Passed) => println!("        passed in {took:.1} s"),
-            Ok(Outcome::Skipped(why)) => println!("        SKIPPED: {why}"),
-            Err(error) => {
-                println!("        FAILED after {took:.1} s: {error:#}");
-                failed.push(test.name);
-            }
-        }
-    }
+    let failed = runner::run(&env, &chosen);
     println!("{} tests, {} failed{}", chosen.len(), failed.len(), if failed.is_empty() { "" } else { ":" });
     for name in &failed {
         println!("  {name}");
@@ -142,7 +137,7 @@ impl Env {
         self.kubectl.run(&["create", "namespace", namespace])?;
         let result = test(self, namespace);
         if let Err(error) = &result {
-            eprintln!("{error:#}");
+            say_line(format_args!("{error:#}"));
             self.kubectl.describe_all(namespace, &self.system);
         }
         let removed = self.kubectl.remove_namespace(namespace);

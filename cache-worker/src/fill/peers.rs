@@ -4,7 +4,8 @@
 //! that the table gives when draining members count. It does so only while that is likely to help: while a member drains,
 //! and for [`LIKELY`] from the first miss after the table changed or this worker started empty. Otherwise a cold read
 //! would pay round trips for nothing. Whoever asks a worker for a chunk of somebody else has asked its owner before, so
-//! that run goes to the source at once.
+//! that run goes to the source at once; but a client that knows a newer table may be right about the owner, so until this
+//! worker knows it, too, others are asked for every chunk.
 //!
 //! Invariants:
 //! - A peer answers from what it holds and asks nobody, so workers never wait for each other in a circle.
@@ -56,6 +57,8 @@ use super::{
 
 /// How long others are likely to hold what this worker misses.
 const LIKELY: Duration = Duration::from_secs(600);
+/// How long the table that a client knows may take to come here, too.
+const BEHIND: Duration = Duration::from_secs(10);
 /// Peers that one run asks at most.
 const CANDIDATES: usize = 2;
 /// How long a connection may take, its handshake included.
@@ -64,9 +67,11 @@ const CONNECT: Duration = Duration::from_millis(500);
 const ANSWER: Duration = Duration::from_secs(1);
 /// How long one read waits for a peer in all. A run of 8 MiB comes with 1.6 MiB/s at least, or from the source.
 const WHOLE: Duration = Duration::from_secs(5);
-/// How long a peer that failed is not asked; then one read tries it. A peer that hangs costs one run in ten seconds
-/// `CONNECT + ANSWER`, and the others nothing.
-const LEFT_ALONE: Duration = Duration::from_secs(10);
+/// How long a peer that failed is not asked at first; then one read tries it, and it is four times as long. A moment's
+/// hang does not send all to the source for long; a peer that hangs on costs one run in ten seconds `CONNECT + ANSWER`.
+const LEFT_ALONE: Duration = Duration::from_secs(1);
+/// And at most.
+const LEFT_ALONE_LONGEST: Duration = Duration::from_secs(10);
 /// Reads from peers under way at most, each on a connection. Others wait for [`ANSWER`].
 const READS: usize = 32;
 /// Connections that are kept for later, over all peers.
@@ -91,10 +96,20 @@ struct State {
     /// The table changed, or the worker started empty, and nothing was missed since.
     changed: bool,
     likely_until: Option<Instant>,
+    /// The highest epoch that anybody mentioned, and how long a lower one here says little about who owns what.
+    highest_epoch: u64,
+    behind_until: Option<Instant>,
     /// With their addresses, the one used last at the end; only to members of the table.
     idle: VecDeque<(String, Connection)>,
     /// Members that failed and have not answered since, by address: until then nobody asks them.
-    left_alone_until: HashMap<String, Instant>,
+    left_alone: HashMap<String, LeftAlone>,
+}
+
+/// A member that failed.
+struct LeftAlone {
+    until: Instant,
+    /// How long, the next time.
+    next: Duration,
 }
 
 struct Connection {
@@ -134,13 +149,24 @@ impl Peers {
         let table = tables.borrow_and_update().clone();
         let state = State {
             placement: Placement::with_draining(&table),
+            highest_epoch: table.epoch,
             table,
             changed: empty,
             likely_until: None,
+            behind_until: None,
             idle: VecDeque::new(),
-            left_alone_until: HashMap::new(),
+            left_alone: HashMap::new(),
         };
         Self { own_name, key, tables, state: Mutex::new(state), reads: Semaphore::new(READS) }
+    }
+
+    /// A client knows this epoch of the table.
+    pub(crate) fn saw_epoch(&self, epoch: u64) {
+        let mut state = self.state.lock();
+        if epoch > state.highest_epoch {
+            state.highest_epoch = epoch;
+            state.behind_until = Some(Instant::now() + BEHIND);
+        }
     }
 
     /// Whether anybody is likely to hold what this worker misses.
@@ -155,19 +181,22 @@ impl Peers {
         if !state.may_help(self) {
             return (state.table.epoch, Vec::new());
         }
-        let State { table, placement, left_alone_until, .. } = &mut *state;
+        let is_behind = state.is_behind(now);
+        let State { table, placement, left_alone, .. } = &mut *state;
         let order = placement.order(key, table.members.len());
         let order = || order.iter().filter_map(|index| table.members.get(*index));
         let is_self = |member: &&Member| member.name == self.own_name;
-        if !order().find(|member| member.state == MemberState::Serving).is_some_and(|owner| is_self(&owner)) {
+        let owner = order().find(|member| member.state == MemberState::Serving);
+        if !is_behind && !owner.is_some_and(|owner| is_self(&owner)) {
             return (table.epoch, Vec::new());
         }
         let asked = |member: &&Member| {
-            let Some(until) = left_alone_until.get_mut(&member.address) else { return true };
+            let Some(LeftAlone { until, next }) = left_alone.get_mut(&member.address) else { return true };
             let over = *until <= now;
             if over {
                 // This read tries it, the others wait for what comes of that.
-                *until = now + LEFT_ALONE;
+                *until = now + *next;
+                *next = LEFT_ALONE_LONGEST.min(*next * 4);
             }
             over
         };
@@ -200,7 +229,7 @@ impl Peers {
         if !state.table.members.iter().any(|member| member.address == address) {
             return;
         }
-        state.left_alone_until.remove(address);
+        state.left_alone.remove(address);
         state.idle.push_back((address.to_owned(), connection));
         if state.idle.len() > IDLE {
             state.idle.pop_front();
@@ -210,11 +239,13 @@ impl Peers {
     fn leave_alone(&self, member: &Member, error: &str) {
         let mut state = self.state.lock();
         state.idle.retain(|(address, _)| *address != member.address);
-        let known = state.left_alone_until.insert(member.address.clone(), Instant::now() + LEFT_ALONE).is_some();
-        drop(state);
-        if !known {
-            warn!(worker = member.name, error, "another worker is not asked for what it held, for {LEFT_ALONE:?}");
+        if state.left_alone.contains_key(&member.address) {
+            return;
         }
+        let left_alone = LeftAlone { until: Instant::now() + LEFT_ALONE, next: 4 * LEFT_ALONE };
+        state.left_alone.insert(member.address.clone(), left_alone);
+        drop(state);
+        warn!(worker = member.name, error, "another worker is not asked for what it held, for {LEFT_ALONE:?} at first");
     }
 }
 
@@ -229,20 +260,31 @@ impl State {
             self.likely_until = Some(now + LIKELY);
         }
         let drains = |member: &Member| member.state == MemberState::Draining && member.name != peers.own_name;
-        let may = self.likely_until.is_some_and(|until| now < until) || self.table.members.iter().any(drains);
+        let may = self.likely_until.is_some_and(|until| now < until)
+            || self.is_behind(now)
+            || self.table.members.iter().any(drains);
         if !may {
             self.idle.clear();
-            self.left_alone_until.clear();
+            self.left_alone.clear();
         }
         may
     }
 
+    /// Whether a client knows a newer table, since a moment.
+    fn is_behind(&self, now: Instant) -> bool {
+        self.highest_epoch > self.table.epoch && self.behind_until.is_some_and(|until| now < until)
+    }
+
     fn adopt(&mut self, table: Arc<WorkerTable>) {
+        if table.epoch < self.table.epoch {
+            // Of another runtime.
+            self.highest_epoch = table.epoch;
+        }
         self.changed |= table.epoch != self.table.epoch;
         self.placement = Placement::with_draining(&table);
         let known = |address: &String| table.members.iter().any(|member| member.address == *address);
         self.idle.retain(|(address, _)| known(address));
-        self.left_alone_until.retain(|address, _| known(address));
+        self.left_alone.retain(|address, _| known(address));
         self.table = table;
     }
 }
@@ -495,11 +537,19 @@ mod tests {
         let failed = peers.candidates(own).1.remove(0);
         peers.leave_alone(&failed, "slow");
         assert_eq!(names(&peers), asked[1..], "one is left alone, and nobody else is asked for it");
-        peers.state.lock().left_alone_until.insert(failed.address, Instant::now());
+        peers.state.lock().left_alone.get_mut(&failed.address).unwrap().until = Instant::now();
         assert_eq!(names(&peers), asked, "it is tried");
         assert_eq!(names(&peers), asked[1..], "once, until it answers");
 
         peers.state.lock().likely_until = Some(Instant::now());
         assert_eq!(names(&peers), [""; 0], "that was long ago");
+
+        peers.saw_epoch(3);
+        assert_eq!(peers.candidates(other).1.len(), CANDIDATES, "a client knows a newer table");
+        peers.state.lock().behind_until = Some(Instant::now());
+        assert_eq!(names(&peers), [""; 0], "which does not come");
+        sender.send_replace(table(3, &[("me", SERVING), ("a", SERVING), ("b", SERVING), ("c", SERVING)]));
+        peers.saw_epoch(3);
+        assert!(peers.candidates(other).1.is_empty(), "it is here");
     }
 }

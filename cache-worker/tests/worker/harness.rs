@@ -242,6 +242,13 @@ impl Cluster {
         self.publish_members(members.into_iter().map(|index| self.member(index)).collect());
     }
 
+    /// A table of these workers that only clients know.
+    pub(crate) fn tell_clients(&self, members: Vec<usize>) {
+        let members = members.into_iter().map(|index| self.member(index)).collect();
+        let epoch = self.table.borrow().epoch + 1;
+        self.table.send_replace(Arc::new(WorkerTable { epoch, members }));
+    }
+
     /// A worker as a table names it.
     pub(crate) fn member(&self, index: usize) -> Member {
         Member {

@@ -5,6 +5,7 @@ use anyhow::{Context as _, ensure};
 use crate::{
     Env, Outcome, TestResult, data,
     manifests::{dataset, runtime, source},
+    runner::say,
     wait::{eventually, until},
 };
 
@@ -84,7 +85,7 @@ pub fn invalid_specs_are_refused_with_the_field(env: &Env, ns: &str) -> TestResu
         ensure!(said.contains("metadata.name") || said.contains("label"), "{said}");
     }
     refused += 5;
-    println!("        {refused} manifests refused");
+    say!("{refused} manifests refused");
     env.kubectl.delete(ns, "dataset", "data")?;
     Ok(Outcome::Passed)
 }

@@ -5,6 +5,7 @@ use anyhow::ensure;
 use crate::{
     Env, Outcome, TestResult, data,
     kubectl::text,
+    runner::say,
     wait::{eventually, until},
 };
 
@@ -31,7 +32,7 @@ pub fn kubectl_explains_waits_scales_and_shows(env: &Env, ns: &str) -> TestResul
         let cells: Vec<String> = row.split_whitespace().map(str::to_owned).collect();
         Ok((cells.len() == 7 && cells[2] == files.len().to_string() && cells[4] == cells[3]).then_some(cells))
     })?;
-    println!("        {}", row.join("  "));
+    say!("{}", row.join("  "));
     ensure!(row[1] == "Ready", "{row:?}");
     let status = env.kubectl.get(ns, "dataset", "data")?["status"].clone();
     ensure!(status["cachedBytes"] == data::bytes(&files), "{status}");
@@ -68,7 +69,7 @@ pub fn volume_stats_reach_the_kubelet(env: &Env, ns: &str) -> TestResult {
         let mut found = volumes.filter(|volume| volume["pvcRef"]["name"] == "data");
         Ok(found.find(|volume| volume["usedBytes"].as_u64().unwrap_or(0) > 0))
     })?;
-    println!("        {volume}");
+    say!("{volume}");
     ensure!(volume["usedBytes"].as_u64().unwrap_or(0) >= data::bytes(&files), "{volume}");
     ensure!(volume["inodesUsed"].as_u64().unwrap_or(0) >= files.len() as u64, "{volume}");
     Ok(Outcome::Passed)

@@ -7,6 +7,7 @@ use anyhow::{Context as _, ensure};
 use crate::{
     Env, Outcome, TestResult, data,
     kubectl::text,
+    runner::say,
     wait::{eventually, until},
 };
 
@@ -50,20 +51,20 @@ pub fn the_quickstart_word_by_word(env: &Env, _: &str) -> TestResult {
     ensure!(commands.len() >= 4, "{commands:?}");
     let result = (|| -> anyhow::Result<()> {
         for command in &commands {
-            println!("        $ {command}");
+            say!("$ {command}");
             let output = Command::new("bash").args(["-ec", command]).current_dir(&env.root).output()?;
             let printed =
                 String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
             ensure!(output.status.success(), "{command}: {printed}");
             for line in printed.lines() {
-                println!("          {line}");
+                say!("  {line}");
             }
         }
         let log = eventually("the training ends", 180, || {
             let phase = text(&env.kubectl.get("vision", "pod", "train")?["status"]["phase"]);
             Ok(matches!(phase.as_str(), "Succeeded" | "Failed").then(|| env.kubectl.logs("vision", "train")))
         })??;
-        println!("          {}", log.trim().replace('\n', "\n          "));
+        say!("  {}", log.trim().replace('\n', "\n          "));
         ensure!(log.contains("epoch 1: 48 images"), "the training pod: {log}");
         Ok(())
     })();
@@ -113,7 +114,7 @@ pub fn uninstalling_is_refused_while_datasets_exist(env: &Env, ns: &str) -> Test
     };
     ensure!(!output.status.success(), "uninstalled under a living Dataset");
     let hook = env.kubectl.run(&["--namespace", &env.system, "logs", "job/forebay-guard"])?;
-    println!("        {}", hook.trim());
+    say!("{}", hook.trim());
     ensure!(hook.contains(&format!("{ns}/data")), "the Dataset is not named: {hook}");
     env.reader(ns, "reader", None, &[])?;
     env.read_once(ns, "reader", &files)?;

@@ -4,6 +4,7 @@ use anyhow::ensure;
 
 use crate::{
     Env, Outcome, TestResult, data,
+    runner::say,
     wait::{eventually, until},
 };
 
@@ -34,7 +35,7 @@ pub fn volume_health_reaches_the_pod(env: &Env, ns: &str) -> TestResult {
     let result = (|| -> anyhow::Result<()> {
         env.kubectl.run(&["--namespace", ns, "scale", "statefulset/cache-forebay", "--replicas=0"])?;
         let shown = health("the volume is shown as not healthy", 90, &bad)?;
-        println!("        {shown}");
+        say!("{shown}");
         ensure!(shown.contains("worker"), "the message names the workers: {shown}");
         Ok(())
     })();

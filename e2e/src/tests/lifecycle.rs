@@ -6,6 +6,7 @@ use crate::{
     Env, Outcome, TestResult, data,
     kubectl::text,
     manifests::{dataset, runtime, secret, source},
+    runner::say,
     store::SECRET_KEY,
     wait::{eventually, stays, until},
 };
@@ -66,7 +67,7 @@ spec:
         let condition = env.kubectl.condition(ns, "dataset", "data", "Ready")?;
         Ok(condition.filter(|condition| condition.reason == "ClaimNameTaken"))
     })?;
-    println!("        {}", condition.message);
+    say!("{}", condition.message);
     stays("the foreign claim is untouched", 5, || {
         let claim = env.kubectl.get(ns, "pvc", "data")?;
         Ok(text(&claim["metadata"]["uid"]) == uid && claim["spec"]["volumeName"].is_null())

@@ -8,6 +8,7 @@ use crate::{
     Env, Outcome, TestResult, data,
     kubectl::text,
     readers::flawless,
+    runner::say,
     wait::{eventually, until},
 };
 
@@ -57,7 +58,7 @@ pub fn no_pod_is_unkillable(env: &Env, ns: &str) -> TestResult {
         let stuck = cluster.uninterruptible(1)?;
         ensure!(stuck.is_empty(), "processes in D state: {stuck:?}");
     }
-    println!("        {rounds} rounds");
+    say!("{rounds} rounds");
     Ok(Outcome::Passed)
 }
 
@@ -82,7 +83,7 @@ pub fn a_node_loses_power(env: &Env, ns: &str) -> TestResult {
     cluster.power_off(2)?;
     until("the node is known to be away", 60, || Ok(!env.node_is_ready("node2")?))?;
     let seen = env.reads_on(ns, "here", 200)?;
-    println!("        longest read meanwhile {:.1} s", seen.longest);
+    say!("longest read meanwhile {:.1} s", seen.longest);
     cluster.power_on(2)?;
     until("the node is back", 120, || env.node_is_ready("node2"))?;
     let restarts = eventually("the pod runs again", 120, || {
@@ -91,7 +92,7 @@ pub fn a_node_loses_power(env: &Env, ns: &str) -> TestResult {
             .then(|| status["restartCount"].clone()))
     })?;
     env.reads_on(ns, "there", 100)?;
-    println!("        restarted {restarts} times");
+    say!("restarted {restarts} times");
     flawless("here", &env.seen(ns, "here")?)?;
     until("nothing is stuck", 90, || {
         let pods: serde_json::Value =
@@ -137,7 +138,7 @@ pub fn the_api_server_is_away(env: &Env, ns: &str) -> TestResult {
     let seen =
         eventually("the API server is back, and the reader can be asked", 90, || Ok(env.seen(ns, "reader").ok()))?;
     flawless("reader", &seen)?;
-    println!("        {} files read meanwhile, longest read {:.1} s", seen.files - before.files, seen.longest);
+    say!("{} files read meanwhile, longest read {:.1} s", seen.files - before.files, seen.longest);
     ensure!(seen.files > before.files + 500, "reads did not go on: {} files", seen.files - before.files);
     // The kubelet tells what happened meanwhile in its own time.
     until("the worker's restart is in its status", 60, || {

@@ -2,14 +2,14 @@
 
 use anyhow::ensure;
 
-use crate::{Env, Outcome, TestResult, data, kubectl::text, manifests, wait::eventually};
+use crate::{Env, Outcome, TestResult, data, kubectl::text, manifests, runner::say, wait::eventually};
 
 pub fn a_pod_reads_verified_bytes(env: &Env, ns: &str) -> TestResult {
     let files = data::usual();
     env.usual(ns, &files, 1)?;
     env.reader(ns, "reader", None, &[])?;
     let seen = env.read_once(ns, "reader", &files)?;
-    println!("        {} files, {} bytes", seen.files, seen.bytes);
+    say!("{} files, {} bytes", seen.files, seen.bytes);
     let dataset = eventually("the Dataset counts its files", 40, || {
         let dataset = env.kubectl.get(ns, "dataset", "data")?;
         Ok((dataset["status"]["files"] == files.len()).then_some(dataset))
@@ -44,7 +44,7 @@ pub fn two_nodes_share_one_read_of_the_source(env: &Env, ns: &str) -> TestResult
     env.reader(ns, "second", Some(second), &["--direct"])?;
     env.read_once(ns, "second", &files)?;
     let twice = env.store.reads(ns)?;
-    println!("        {once} requests for {} files, and no more for the second node", files.len());
+    say!("{once} requests for {} files, and no more for the second node", files.len());
     ensure!(once >= files.len() as u64, "the log counts {once} requests for {} files", files.len());
     ensure!(twice == Some(once), "the second node asked the source again: {once}, then {twice:?}");
     Ok(Outcome::Passed)

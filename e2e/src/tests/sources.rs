@@ -7,6 +7,7 @@ use crate::{
     data::{self, File},
     manifests::{dataset, runtime, secret, source},
     readers::flawless,
+    runner::say,
     store::SECRET_KEY,
     wait::{eventually, until},
 };
@@ -54,7 +55,7 @@ fn named(env: &Env, ns: &str, reason: &str, hint: &str) -> anyhow::Result<()> {
         let condition = env.kubectl.condition(ns, "dataset", "data", "Degraded")?;
         Ok(condition.filter(|condition| condition.is && condition.reason == reason))
     })?;
-    println!("        {reason}: {}", condition.message);
+    say!("{reason}: {}", condition.message);
     ensure!(condition.message.contains(hint), "'{}' does not name '{hint}'", condition.message);
     until(&format!("an event says {reason}"), 20, || {
         Ok(env.kubectl.events(ns, "Dataset", "data")?.iter().any(|(event, _)| event == reason))
@@ -105,7 +106,7 @@ pub fn an_impossible_tier_is_named_and_recovers(env: &Env, ns: &str) -> TestResu
         let condition = env.kubectl.condition(ns, "cacheruntime", "cache", "Ready")?;
         Ok(condition.filter(|condition| !condition.is && condition.reason == "CannotSchedule"))
     })?;
-    println!("        {}", condition.message);
+    say!("{}", condition.message);
     until("an event says so", 20, || {
         Ok(env.kubectl.events(ns, "CacheRuntime", "cache")?.iter().any(|(event, _)| event == "CannotSchedule"))
     })?;

@@ -6,6 +6,7 @@ use crate::{
     Env, Outcome, TestResult, data,
     kubectl::text,
     readers::flawless,
+    runner::say,
     wait::{eventually, until},
 };
 
@@ -28,7 +29,7 @@ fn survive(env: &Env, ns: &str, workers: u32, harm: impl FnOnce() -> anyhow::Res
     harm()?;
     for reader in READERS {
         let seen = env.reads_on(ns, reader, SOME)?;
-        println!("        {reader}: {} files, longest read {:.2} s", seen.files, seen.longest);
+        say!("{reader}: {} files, longest read {:.2} s", seen.files, seen.longest);
     }
     Ok(Outcome::Passed)
 }
@@ -136,11 +137,11 @@ pub fn workers_scale_under_readers(env: &Env, ns: &str) -> TestResult {
         })?;
         ensure!(members.iter().all(|member| text(&member["address"]).ends_with(":7400")), "{members:?}");
         env.reads_on(ns, "reader", 2 * files.len() as u64)?;
+        if let (Some(before), Some(after)) = (before, env.store.reads(ns)?) {
+            say!("{replicas} workers: {} requests to the source for {} files", after - before, files.len());
+            ensure!(after - before <= files.len() as u64 / 10, "the new owners filled from the source");
+        }
     }
     flawless("reader", &env.seen(ns, "reader")?)?;
-    if let (Some(before), Some(after)) = (before, env.store.reads(ns)?) {
-        println!("        {} requests to the source for {} files", after - before, files.len());
-        ensure!(after - before <= files.len() as u64 / 10, "the new owners filled from the source");
-    }
     Ok(Outcome::Passed)
 }
