@@ -52,6 +52,9 @@ pub struct DatasetSpec {
     /// What workers keep.
     #[serde(default)]
     pub cache: Cache,
+    /// How it is mounted.
+    #[serde(default)]
+    pub volume: Volume,
 }
 
 /// A CacheRuntime by name.
@@ -142,6 +145,30 @@ pub struct Cache {
     /// Most bytes of this dataset on all workers together. Absent: as much as their disks hold.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quota: Option<Quantity>,
+}
+
+/// How a dataset is mounted.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Volume {
+    /// What a mount is made for, from when a node mounts it until it is unmounted there. `Large`: large files, each opened
+    /// by a request to the daemon. `Small`: many small files, opened by the kernel itself, so that what it has in memory
+    /// is read again without a request. `Auto`: `Small` when all files are counted and have less than 1 MiB on the average,
+    /// else `Large`.
+    #[serde(default)]
+    pub shape: VolumeShape,
+}
+
+/// What a mount is made for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum VolumeShape {
+    /// What suits the files that were counted.
+    #[default]
+    Auto,
+    /// Large files.
+    Large,
+    /// Many small files.
+    Small,
 }
 
 /// What happens when the quota or the disk is full.

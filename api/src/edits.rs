@@ -80,6 +80,7 @@ pub const EDITS: &[Edit] = &[
         "spec.cache.quota",
         "Live: more is stored, or what is above the new quota is dropped from the workers' disks.",
     ),
+    takes(DATASET, "spec.volume.shape", "Where it is mounted from now on; a mount keeps its shape."),
 ];
 
 #[cfg(test)]

@@ -30,7 +30,8 @@ pub use cache_runtime::{
     Watermarks,
 };
 pub use dataset::{
-    Addressing, Cache, Dataset, DatasetSpec, DatasetStatus, Policy, RuntimeRef, S3Options, SecretRef, Source,
+    Addressing, Cache, Dataset, DatasetSpec, DatasetStatus, Policy, RuntimeRef, S3Options, SecretRef, Source, Volume,
+    VolumeShape,
 };
 pub use names::{MAX_OBJECT_NAME, WORKER_HTTP_PORT, WORKER_PORT, object_name, service_address};
 pub use quantity::{Quantity, QuantityError};

@@ -24,7 +24,7 @@ use std::{
 
 pub use error::ManifestError;
 
-use crate::{Addressing, Medium, Policy};
+use crate::{Addressing, Medium, Policy, VolumeShape};
 
 /// Most bytes of one file. A Dataset of 64 sources has some 20 KB.
 pub const MAX_FILE_BYTES: usize = 1 << 20;
@@ -96,6 +96,8 @@ pub struct ValidatedDataset {
     pub policy: Policy,
     /// Most bytes on all workers together.
     pub quota_bytes: Option<u64>,
+    /// What its mount is made for.
+    pub shape: VolumeShape,
 }
 
 /// A source of a dataset.

@@ -119,6 +119,21 @@ pub struct DatasetConfig {
     /// Bytes that this worker may hold of it; `None`: what fits.
     #[serde(default)]
     pub quota: Option<u64>,
+    /// What its mounts are made for. Daemons ask for it.
+    #[serde(default)]
+    pub shape: VolumeShape,
+}
+
+/// What mounts are made for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VolumeShape {
+    /// What suits the files that were counted.
+    #[default]
+    Auto,
+    /// Large files.
+    Large,
+    /// Many small files.
+    Small,
 }
 
 /// One source of a dataset.

@@ -27,6 +27,8 @@ mod reload;
 mod scan;
 mod worker;
 
-pub use config::{ConfigError, DatasetConfig, DatasetsFile, Policy, SourceConfig, TableFile, WorkerOptions};
+pub use config::{
+    ConfigError, DatasetConfig, DatasetsFile, Policy, SourceConfig, TableFile, VolumeShape, WorkerOptions,
+};
 pub use dataset::SourceProblem;
 pub use worker::{RunningWorker, run};

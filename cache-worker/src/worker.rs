@@ -22,7 +22,7 @@ use forebay_metadata::Index;
 use forebay_protocol::{
     DatasetId,
     handshake::RuntimeKey,
-    worker::{DatasetStatus, StatusResponse},
+    worker::{self, DatasetStatus, StatusResponse},
 };
 use rustix::fs::Access;
 use tokio::{
@@ -35,7 +35,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
 use crate::{
-    config::{ConfigError, WorkerOptions, read_datasets, read_key, read_table},
+    config::{ConfigError, VolumeShape, WorkerOptions, read_datasets, read_key, read_table},
     dataset::Dataset,
     datasets::Datasets,
     fill::{FillEngine, Peers},
@@ -162,6 +162,11 @@ impl Worker {
         let requests = dataset.requests();
         let problem = dataset.source_problem();
         let m = &dataset.metrics;
+        let shape = match dataset.config().shape {
+            VolumeShape::Auto => worker::VolumeShape::Auto,
+            VolumeShape::Large => worker::VolumeShape::Large,
+            VolumeShape::Small => worker::VolumeShape::Small,
+        };
         DatasetStatus {
             dataset: dataset.id.to_bytes(),
             namespace: dataset.owner.clone(),
@@ -185,6 +190,7 @@ impl Worker {
             source_problem: problem.as_ref().map(|problem| problem.message.clone()).unwrap_or_default(),
             version_conflicts: m.version_conflicts.get(),
             source_problem_reason: problem.map(|problem| problem.reason).unwrap_or_default(),
+            volume_shape: shape.into(),
         }
     }
 }

@@ -189,12 +189,14 @@ impl DatasetTotals {
             source_problem,
             version_conflicts,
             source_problem_reason,
+            volume_shape,
         } = answer;
         let sums = &mut self.sums;
         sums.dataset.clone_from(dataset);
         sums.namespace.clone_from(namespace);
         sums.name.clone_from(name);
         sums.generation = sums.generation.max(*generation);
+        sums.volume_shape = *volume_shape;
         sums.cached_bytes += cached_bytes;
         sums.pinned_bytes += pinned_bytes;
         sums.cached_chunks += cached_chunks;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use support::{
-    BUCKET, Bench, Setup, can_mount, content,
+    BUCKET, Bench, SHAPES, Setup, can_mount, content,
     readers::{Kind, Readers, Target},
 };
 
@@ -39,37 +39,39 @@ async fn the_daemon_is_killed_a_hundred_times_under_readers() {
     if !can_mount() {
         return;
     }
-    let kills = if support::long() { 1000 } else { 100 };
-    let bench = Bench::start(Setup::default(), fill).await;
-    let readers = all_kinds(&bench);
-    readers.progress(4 << 20, Duration::from_secs(60));
-    let mut met = 0;
-    let mut pauses = Vec::new();
-    for _ in 0..kills {
-        let before = resent(&bench);
-        let pid = bench.up.daemon();
-        let begun = Instant::now();
-        support::signal(pid, Signal::KILL);
-        readers.progress(1 << 20, Duration::from_secs(60));
-        pauses.push(begun.elapsed());
-        met += u64::from(resent(&bench) > before);
+    let kills = if support::long() { 1000 } else { 50 };
+    for shape in SHAPES {
+        let bench = Bench::start(Setup::shaped(shape), fill).await;
+        let readers = all_kinds(&bench);
+        readers.progress(4 << 20, Duration::from_secs(60));
+        let mut met = 0;
+        let mut pauses = Vec::new();
+        for _ in 0..kills {
+            let before = resent(&bench);
+            let pid = bench.up.daemon();
+            let begun = Instant::now();
+            support::signal(pid, Signal::KILL);
+            readers.progress(1 << 20, Duration::from_secs(60));
+            pauses.push(begun.elapsed());
+            met += u64::from(resent(&bench) > before);
+        }
+        let report = readers.finish();
+        pauses.sort();
+        println!(
+            "{shape}: {kills} kills, {met} met requests in flight; a MiB later after {:?} (median), {:?} (longest); {} MiB read, \
+             longest read {:?}",
+            pauses[pauses.len() / 2],
+            pauses[pauses.len() - 1],
+            report.bytes >> 20,
+            report.longest
+        );
+        assert_eq!(report.errors, Vec::<String>::new());
+        assert!(met * 2 >= kills, "only {met} of {kills} kills met a request: this proves too little");
+        // Other tests mount meanwhile: only what is below this one's directory counts.
+        let own = support::mounts().iter().filter(|mount| mount.starts_with(bench.dir.path())).count();
+        assert_eq!(own, 1, "the mount table grew");
+        bench.stop();
     }
-    let report = readers.finish();
-    pauses.sort();
-    println!(
-        "{kills} kills, {met} met requests in flight; a MiB later after {:?} (median), {:?} (longest); {} MiB read, \
-         longest read {:?}",
-        pauses[pauses.len() / 2],
-        pauses[pauses.len() - 1],
-        report.bytes >> 20,
-        report.longest
-    );
-    assert_eq!(report.errors, Vec::<String>::new());
-    assert!(met * 2 >= kills, "only {met} of {kills} kills met a request: this proves too little");
-    // Other tests mount meanwhile: only what is below this one's directory counts.
-    let own = support::mounts().iter().filter(|mount| mount.starts_with(bench.dir.path())).count();
-    assert_eq!(own, 1, "the mount table grew");
-    bench.stop();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -77,22 +79,24 @@ async fn what_the_kernel_has_cached_survives_a_takeover() {
     if !can_mount() {
         return;
     }
-    let bench = Bench::start(Setup::default(), fill).await;
-    let reads = || bench.up.status()["mounts"][0]["counters"]["read"].as_u64().unwrap();
-    let path = bench.path("file-1");
-    assert_eq!(content::difference(1, 0, &std::fs::read(&path).unwrap()), None);
-    let before = reads();
-    let pid = bench.up.daemon();
-    support::signal(pid, Signal::KILL);
-    support::eventually("a take-over", Duration::from_secs(20), || bench.up.daemon() != pid);
-    // The successor expires all names, so this asks for the name again, and for nothing else.
-    support::eventually("the expiry", Duration::from_secs(20), || {
-        bench.up.status()["mounts"][0]["counters"]["expired"].as_u64() >= Some(2)
-    });
-    assert_eq!(content::difference(1, 0, &std::fs::read(&path).unwrap()), None);
-    // A machine that reclaims idle pages may have lost some of them; a take-over that drops pages loses all.
-    let again = reads() - before;
-    assert!(again < before, "{again} of {before} reads were made again: the take-over dropped the pages");
+    for shape in SHAPES {
+        let bench = Bench::start(Setup::shaped(shape), fill).await;
+        let reads = || bench.up.status()["mounts"][0]["counters"]["read"].as_u64().unwrap();
+        let path = bench.path("file-1");
+        assert_eq!(content::difference(1, 0, &std::fs::read(&path).unwrap()), None);
+        let before = reads();
+        let pid = bench.up.daemon();
+        support::signal(pid, Signal::KILL);
+        support::eventually("a take-over", Duration::from_secs(20), || bench.up.daemon() != pid);
+        // The successor expires all names, so this asks for the name again, and for nothing else.
+        support::eventually("the expiry", Duration::from_secs(20), || {
+            bench.up.status()["mounts"][0]["counters"]["expired"].as_u64() >= Some(2)
+        });
+        assert_eq!(content::difference(1, 0, &std::fs::read(&path).unwrap()), None);
+        // A machine that reclaims idle pages may have lost some of them; a take-over that drops pages loses all.
+        let again = reads() - before;
+        assert!(again < before, "{again} of {before} reads were made again: the take-over dropped the pages");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -100,19 +104,21 @@ async fn the_successor_is_killed_while_it_takes_over() {
     if !can_mount() {
         return;
     }
-    let bench = Bench::start(Setup::default(), fill).await;
-    let readers = all_kinds(&bench);
-    readers.progress(4 << 20, Duration::from_secs(60));
-    for _ in 0..10 {
-        let status = bench.up.status();
-        let daemons = status["daemons"].as_array().unwrap().clone();
-        for daemon in daemons.iter().filter_map(|daemon| daemon["pid"].as_u64()) {
-            support::signal(u32::try_from(daemon).unwrap(), Signal::KILL);
-            std::thread::sleep(Duration::from_millis(5));
+    for shape in SHAPES {
+        let bench = Bench::start(Setup::shaped(shape), fill).await;
+        let readers = all_kinds(&bench);
+        readers.progress(4 << 20, Duration::from_secs(60));
+        for _ in 0..5 {
+            let status = bench.up.status();
+            let daemons = status["daemons"].as_array().unwrap().clone();
+            for daemon in daemons.iter().filter_map(|daemon| daemon["pid"].as_u64()) {
+                support::signal(u32::try_from(daemon).unwrap(), Signal::KILL);
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            readers.progress(1 << 20, Duration::from_secs(60));
         }
-        readers.progress(1 << 20, Duration::from_secs(60));
+        assert_eq!(readers.finish().errors, Vec::<String>::new());
     }
-    assert_eq!(readers.finish().errors, Vec::<String>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -120,21 +126,23 @@ async fn a_stopped_daemon_is_replaced_and_its_return_does_no_harm() {
     if !can_mount() {
         return;
     }
-    let bench = Bench::start(Setup::default(), fill).await;
-    let readers = all_kinds(&bench);
-    readers.progress(4 << 20, Duration::from_secs(60));
-    for round in 0..3u32 {
-        let pid = bench.up.daemon();
-        support::signal(pid, Signal::STOP);
-        // A SIGCONT at any moment: before it is missed, while it is being killed, and long after.
-        std::thread::sleep(Duration::from_millis(u64::from(round) * 1700));
-        support::signal(pid, Signal::CONT);
-        support::signal(pid, Signal::STOP);
-        readers.progress(1 << 20, Duration::from_secs(60));
-        support::eventually("the end of the stopped daemon", Duration::from_secs(30), || !support::is_alive(pid));
-        assert_ne!(bench.up.daemon(), pid);
+    for shape in SHAPES {
+        let bench = Bench::start(Setup::shaped(shape), fill).await;
+        let readers = all_kinds(&bench);
+        readers.progress(4 << 20, Duration::from_secs(60));
+        for round in 0..3u32 {
+            let pid = bench.up.daemon();
+            support::signal(pid, Signal::STOP);
+            // A SIGCONT at any moment: before it is missed, while it is being killed, and long after.
+            std::thread::sleep(Duration::from_millis(u64::from(round) * 1700));
+            support::signal(pid, Signal::CONT);
+            support::signal(pid, Signal::STOP);
+            readers.progress(1 << 20, Duration::from_secs(60));
+            support::eventually("the end of the stopped daemon", Duration::from_secs(30), || !support::is_alive(pid));
+            assert_ne!(bench.up.daemon(), pid);
+        }
+        assert_eq!(readers.finish().errors, Vec::<String>::new());
     }
-    assert_eq!(readers.finish().errors, Vec::<String>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -10,7 +10,7 @@ use std::{
 };
 
 use forebay_test_store::{Action, Fault, Verb};
-use support::{BUCKET, Bench, Setup, can_mount, content, text};
+use support::{BUCKET, Bench, SHAPES, Setup, can_mount, content, text};
 
 fn is_errno(error: &std::io::Error, errno: rustix::io::Errno) -> bool {
     error.raw_os_error() == Some(errno.raw_os_error())
@@ -82,27 +82,29 @@ async fn an_overwritten_object_is_stale_and_then_new() {
     if !can_mount() {
         return;
     }
-    let bench = Bench::start(Setup::default(), |store| async move {
-        store.put_virtual(BUCKET, "file", 8 << 20, content::generator(1));
-        store
-    })
-    .await;
-    let old = support::readers::open(&bench.path("file"), true).unwrap();
-    let mut buffer = vec![0; 1 << 20];
-    old.read_exact_at(&mut buffer, 0).unwrap();
-    assert_eq!(content::difference(1, 0, &buffer), None);
+    for shape in SHAPES {
+        let bench = Bench::start(Setup::shaped(shape), |store| async move {
+            store.put_virtual(BUCKET, "file", 8 << 20, content::generator(1));
+            store
+        })
+        .await;
+        let old = support::readers::open(&bench.path("file"), true).unwrap();
+        let mut buffer = vec![0; 1 << 20];
+        old.read_exact_at(&mut buffer, 0).unwrap();
+        assert_eq!(content::difference(1, 0, &buffer), None);
 
-    bench.store.put_virtual(BUCKET, "file", 8 << 20, content::generator(2));
-    // Nobody refreshed: the failed condition of the next fetch finds out.
-    let error = old.read_exact_at(&mut buffer, 7 << 20).unwrap_err();
-    assert!(is_errno(&error, rustix::io::Errno::STALE), "{error}");
-    support::eventually("the new version", Duration::from_secs(15), || {
-        std::fs::read(bench.path("file"))
-            .is_ok_and(|read| read.len() == 8 << 20 && content::difference(2, 0, &read).is_none())
-    });
-    // What the old version had cached stays the old version.
-    old.read_exact_at(&mut buffer, 0).unwrap();
-    assert_eq!(content::difference(1, 0, &buffer), None);
+        bench.store.put_virtual(BUCKET, "file", 8 << 20, content::generator(2));
+        // Nobody refreshed: the failed condition of the next fetch finds out.
+        let error = old.read_exact_at(&mut buffer, 7 << 20).unwrap_err();
+        assert!(is_errno(&error, rustix::io::Errno::STALE), "{error}");
+        support::eventually("the new version", Duration::from_secs(15), || {
+            std::fs::read(bench.path("file"))
+                .is_ok_and(|read| read.len() == 8 << 20 && content::difference(2, 0, &read).is_none())
+        });
+        // What the old version had cached stays the old version.
+        old.read_exact_at(&mut buffer, 0).unwrap();
+        assert_eq!(content::difference(1, 0, &buffer), None);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -110,17 +112,19 @@ async fn a_deleted_object_is_stale_and_then_gone() {
     if !can_mount() {
         return;
     }
-    let bench = Bench::start(Setup::default(), |store| async move {
-        store.put(BUCKET, "file", content::bytes(1, 4 << 20)).await;
-        store.put(BUCKET, "other", text("other")).await;
-        store
-    })
-    .await;
-    let file = support::readers::open(&bench.path("file"), true).unwrap();
-    bench.store.delete(BUCKET, "file").await;
-    let error = file.read_exact_at(&mut [0; 4096], 0).unwrap_err();
-    assert!(is_errno(&error, rustix::io::Errno::STALE), "{error}");
-    support::eventually("its absence", Duration::from_secs(15), || !bench.path("file").exists());
+    for shape in SHAPES {
+        let bench = Bench::start(Setup::shaped(shape), |store| async move {
+            store.put(BUCKET, "file", content::bytes(1, 4 << 20)).await;
+            store.put(BUCKET, "other", text("other")).await;
+            store
+        })
+        .await;
+        let file = support::readers::open(&bench.path("file"), true).unwrap();
+        bench.store.delete(BUCKET, "file").await;
+        let error = file.read_exact_at(&mut [0; 4096], 0).unwrap_err();
+        assert!(is_errno(&error, rustix::io::Errno::STALE), "{error}");
+        support::eventually("its absence", Duration::from_secs(15), || !bench.path("file").exists());
+    }
 }
 
 /// The source changes while 16 readers hold the file open and read: each byte they get is of one version, or ESTALE;

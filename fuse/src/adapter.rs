@@ -12,7 +12,8 @@
 //!   an `EIO` for the reader when the daemon is killed there.
 //!
 //! Every change is refused with `EROFS`. Locks are left to the kernel (they are not negotiated). `ENOSYS` is the answer
-//! only where the kernel then does the right thing by itself for ever: flush, lseek (no holes are known), poll, bmap.
+//! only where the kernel then does the right thing by itself for ever: flush, lseek (no holes are known), poll, bmap; and,
+//! in a mount for small files, open and opendir.
 
 use std::{
     cell::RefCell,
@@ -29,7 +30,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use forebay_keeper::tables::{Counter, RESEND_BIT};
+use forebay_keeper::tables::{Counter, RESEND_BIT, Shape};
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
     INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier,
@@ -132,6 +133,11 @@ fn refuse<T: Tree>(fs: &FileSystem<T>, errno: Errno) -> fuser::Errno {
         fs.counters().add(Counter::Errors, 1);
     }
     fuser::Errno::from_i32(errno.code())
+}
+
+/// The kernel opens files (or directories) by itself from now on, with what is cached of them kept.
+fn unneeded() -> fuser::Errno {
+    fuser::Errno::from_i32(Errno::ENOSYS.code())
 }
 
 fn system_time(ns: i64) -> SystemTime {
@@ -288,13 +294,19 @@ impl<T: Tree> Filesystem for Adapter<T> {
 
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         self.count(Counter::Open, request);
-        match self.fs.open(request.unique().0, ino.0, flags.0) {
-            // Pages of a node never become stale, and there is nothing to flush.
-            Ok(handle) => {
-                reply.opened(FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH);
+        let (fs, unique) = (self.fs.clone(), request.unique().0);
+        self.run(&self.metadata, async move {
+            match fs.shape().await {
+                Shape::Small => reply.error(unneeded()),
+                Shape::Large => match fs.open(unique, ino.0, flags.0) {
+                    // Pages of a node never become stale, and there is nothing to flush.
+                    Ok(handle) => {
+                        reply.opened(FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH);
+                    }
+                    Err(errno) => reply.error(refuse(&fs, errno)),
+                },
             }
-            Err(errno) => reply.error(self.refuse(errno)),
-        }
+        });
     }
 
     fn read(
@@ -335,10 +347,16 @@ impl<T: Tree> Filesystem for Adapter<T> {
 
     fn opendir(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         self.count(Counter::Opendir, request);
-        match self.fs.opendir(ino.0) {
-            Ok(()) => reply.opened(FileHandle(0), FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE),
-            Err(errno) => reply.error(self.refuse(errno)),
-        }
+        let fs = self.fs.clone();
+        self.run(&self.metadata, async move {
+            match fs.shape().await {
+                Shape::Small => reply.error(unneeded()),
+                Shape::Large => match fs.opendir(ino.0) {
+                    Ok(()) => reply.opened(FileHandle(0), FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE),
+                    Err(errno) => reply.error(refuse(&fs, errno)),
+                },
+            }
+        });
     }
 
     fn readdir(&self, request: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {

@@ -23,12 +23,15 @@ mod xattr;
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use forebay_keeper::tables::{Counter, Counters, FIRST_ID, Node, NodeKind, NodeTable, OpenMode, OpenTable, TableFull};
+use forebay_keeper::tables::{
+    Counter, Counters, FIRST_ID, Node, NodeKind, NodeTable, OpenMode, OpenTable, Shape, TableFull,
+};
 use forebay_protocol::{
     DatasetPath, FileVersion,
     identity::{MAX_NAME, is_valid_name},
 };
 use parking_lot::Mutex;
+use tokio::{sync::OnceCell, time::timeout};
 
 pub use self::xattr::XattrReply;
 use self::{
@@ -57,6 +60,8 @@ const _: () = assert!(FIRST_ID > AFTER_DOTS, "an entry's id is taken for a dot")
 const ABSENT_TTL: Duration = Duration::from_secs(10);
 /// Times that a look-up asks again when something in its directory changed while the answer was on its way.
 const ASK_AGAIN: u32 = 3;
+/// How long the first open waits until it is known which shape suits.
+const SHAPE_PATIENCE: Duration = Duration::from_secs(2);
 /// How often idle readers are dropped.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 /// How often the sums for statfs(2) are asked for.
@@ -161,6 +166,7 @@ pub struct FileSystem<T: Tree> {
     tables: Tables,
     notices: Arc<Notices>,
     options: Options,
+    shape: OnceCell<Shape>,
     pages: Pages,
     readers: Readers<T::Reader>,
     totals: Mutex<Totals>,
@@ -175,6 +181,7 @@ impl<T: Tree> FileSystem<T> {
             tables,
             notices,
             options,
+            shape: OnceCell::new(),
             pages: Pages::default(),
             readers: Readers::new(),
             totals: Mutex::default(),
@@ -200,6 +207,22 @@ impl<T: Tree> FileSystem<T> {
     /// The tables.
     pub fn tables(&self) -> &Tables {
         &self.tables
+    }
+
+    /// The mount's shape. Whoever asks first has it decided, unless a predecessor did: from what suits the tree, and
+    /// `Large` when that is not known soon.
+    pub async fn shape(&self) -> Shape {
+        let decide = async || {
+            let opens = &self.tables.opens;
+            if let Some(shape) = opens.shape() {
+                return shape;
+            }
+            let suits = timeout(SHAPE_PATIENCE, self.tree.shape()).await.ok().flatten();
+            let shape = opens.decide_shape(suits.unwrap_or(Shape::Large));
+            tracing::info!(?shape, "the mount's shape");
+            shape
+        };
+        *self.shape.get_or_init(decide).await
     }
 
     /// Where the names come from.
@@ -228,7 +251,7 @@ impl<T: Tree> FileSystem<T> {
                 self.readers.sweep();
             }
         };
-        tokio::join!(totals, sweeps);
+        tokio::join!(self.shape(), totals, sweeps);
     }
 
     /// Forgets what is kept of a directory's listing, or of all listings. Before the kernel is told to ask again.
@@ -292,7 +315,7 @@ impl<T: Tree> FileSystem<T> {
         Ok(self.attributes(id, &self.node(id)?.kind))
     }
 
-    /// Opens a file; the handle. `unique` is that of the request: a request that is sent again gets the same handle.
+    /// Opens a file of a mount for large ones; the handle. `unique` is that of the request: a request that is sent again gets the same handle.
     pub fn open(&self, unique: u64, id: u64, flags: i32) -> Result<u64, Errno> {
         if flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0 {
             return Err(Errno::EROFS);
@@ -329,6 +352,10 @@ impl<T: Tree> FileSystem<T> {
                 let got: usize = bytes.iter().map(Bytes::len).sum();
                 if got == len {
                     self.tables.counters.add(Counter::BytesRead, len as u64);
+                    // Nobody will say that the file was closed.
+                    if offset + len as u64 == held.size && self.shape.get() == Some(&Shape::Small) {
+                        self.readers.close(id);
+                    }
                     return Ok(bytes);
                 }
                 // A short reply would be filled up with zeroes by the kernel.

@@ -9,12 +9,13 @@ use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use bytes::Bytes;
+use forebay_keeper::tables::Shape;
 use forebay_protocol::{DatasetPath, FileVersion, VersionKey};
 use futures::{StreamExt, stream::BoxStream};
 use parking_lot::{Mutex, RwLock};
@@ -101,6 +102,7 @@ struct Inner {
     changes: broadcast::Sender<Change>,
     faults: Mutex<VecDeque<TreeError>>,
     latency_us: AtomicU64,
+    small: AtomicBool,
     lists: AtomicU64,
 }
 
@@ -113,6 +115,7 @@ impl Default for MemoryTree {
                 changes: broadcast::channel(1024).0,
                 faults: Mutex::default(),
                 latency_us: AtomicU64::new(0),
+                small: AtomicBool::new(false),
                 lists: AtomicU64::new(0),
             }),
         }
@@ -123,6 +126,11 @@ impl MemoryTree {
     /// An empty root.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Mounts that do not have a shape yet become small.
+    pub fn suits_small(&self) {
+        self.inner.small.store(true, Ordering::Relaxed);
     }
 
     /// Adds or replaces a file, with the directories above it, and announces it. `None` when a directory has that name
@@ -269,6 +277,10 @@ impl Tree for MemoryTree {
 
     fn directory_owner(&self, _path: &DatasetPath) -> Option<String> {
         Some("memory".to_owned())
+    }
+
+    async fn shape(&self) -> Option<Shape> {
+        Some(if self.inner.small.load(Ordering::Relaxed) { Shape::Small } else { Shape::Large })
     }
 
     fn changes(&self) -> BoxStream<'static, Change> {

@@ -7,12 +7,14 @@ mod reader;
 use std::{sync::Arc, time::Duration};
 
 use forebay_client::{Client, ClientConfig, ClientMetrics, Event, MemoryBudget};
-use forebay_keeper::Health;
+use forebay_keeper::{Health, tables::Shape};
 use forebay_protocol::{
-    DatasetId, DatasetPath, FileVersion, identity::directory_placement_key, placement::Placement, table::WorkerTable,
-    worker::StatusRequest,
+    DatasetId, DatasetPath, FileVersion,
+    identity::directory_placement_key,
+    placement::Placement,
+    worker::{DatasetStatus, ScanProgress, ScanState, StatusRequest, VolumeShape},
 };
-use futures::{StreamExt, stream, stream::BoxStream};
+use futures::{StreamExt, future, stream, stream::BoxStream};
 
 use self::named::Named;
 pub use self::reader::NamedReader;
@@ -25,6 +27,10 @@ use crate::{
 
 /// A worker that does not tell the dataset's sums in this time is not asked again until the next round.
 const TOTALS_DEADLINE: Duration = Duration::from_secs(5);
+/// When there was no answer at all, the next question.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
+/// Files of fewer bytes on the average make a mount for small ones.
+const SMALL_FILES: u64 = 1 << 20;
 /// Workers asked for sums at once.
 const ASKED_AT_ONCE: usize = 16;
 
@@ -128,9 +134,21 @@ impl Tree for WorkersTree {
     }
 
     async fn totals(&self) -> Option<Totals> {
-        let table = self.client.members();
-        let ask = totals_of(&self.client, &table, self.dataset.id()?);
-        tokio::time::timeout(TOTALS_DEADLINE * 2, ask).await.ok()?
+        let ask = statuses(&self.client, self.dataset.id()?);
+        let statuses = tokio::time::timeout(TOTALS_DEADLINE * 2, ask).await.ok()?;
+        newest_scan(&statuses).map(|scan| Totals { files: scan.files, bytes: scan.bytes })
+    }
+
+    async fn shape(&self) -> Option<Shape> {
+        loop {
+            if self.dataset.wait().await.is_ok()
+                && let Some(id) = self.dataset.id()
+                && let Some(shape) = shape_of(&statuses(&self.client, id).await)
+            {
+                return Some(shape);
+            }
+            tokio::time::sleep(ASK_AGAIN).await;
+        }
     }
 
     fn health(&self) -> BoxStream<'static, Health> {
@@ -138,26 +156,64 @@ impl Tree for WorkersTree {
     }
 }
 
-async fn totals_at(client: &Client, member: String, id: DatasetId) -> Option<(u64, Totals)> {
+async fn status_at(client: &Client, member: String, id: DatasetId) -> Option<DatasetStatus> {
     let mut control = client.control(&member).await.ok()?;
     let request = StatusRequest { dataset: id.to_bytes() };
     let status = tokio::time::timeout(TOTALS_DEADLINE, control.status(request)).await.ok()?.ok()?.into_inner();
-    let scan = status.datasets.into_iter().find(|dataset| dataset.dataset == id.to_bytes())?.scan?;
-    Some((scan.generation, Totals { files: scan.files, bytes: scan.bytes }))
+    status.datasets.into_iter().find(|dataset| dataset.dataset == id.to_bytes())
 }
 
-/// The sums that the coordinator of the dataset's scans knows. Whoever it is, the others do not claim to know any.
-async fn totals_of(client: &Client, table: &WorkerTable, id: DatasetId) -> Option<Totals> {
-    let names: Vec<String> = table.members.iter().map(|member| member.name.clone()).collect();
-    let mut answers =
-        futures::stream::iter(names).map(|name| totals_at(client, name, id)).buffer_unordered(ASKED_AT_ONCE);
-    let mut newest: Option<(u64, Totals)> = None;
-    while let Some(answer) = answers.next().await {
-        if let Some((generation, totals)) = answer
-            && newest.is_none_or(|(known, _)| generation >= known)
-        {
-            newest = Some((generation, totals));
-        }
+/// What the members say of a dataset.
+async fn statuses(client: &Client, id: DatasetId) -> Vec<DatasetStatus> {
+    let names: Vec<String> = client.members().members.iter().map(|member| member.name.clone()).collect();
+    let asked = stream::iter(names).map(|name| status_at(client, name, id)).buffer_unordered(ASKED_AT_ONCE);
+    asked.filter_map(future::ready).collect().await
+}
+
+/// What the coordinator of the dataset's scans knows. Whoever it is, the others do not claim to know anything.
+fn newest_scan(statuses: &[DatasetStatus]) -> Option<&ScanProgress> {
+    statuses.iter().filter_map(|status| status.scan.as_ref()).max_by_key(|scan| scan.generation)
+}
+
+/// The shape that its Dataset wants, or that suits the files that were counted.
+fn shape_of(statuses: &[DatasetStatus]) -> Option<Shape> {
+    // An edit reaches one worker a moment before another: any answer is as good.
+    match statuses.first()?.volume_shape() {
+        VolumeShape::Large => return Some(Shape::Large),
+        VolumeShape::Small => return Some(Shape::Small),
+        VolumeShape::Unspecified | VolumeShape::Auto => {}
     }
-    newest.map(|(_, totals)| totals)
+    let small = newest_scan(statuses).is_some_and(|scan| {
+        scan.state() == ScanState::Complete && scan.files > 0 && scan.bytes / scan.files < SMALL_FILES
+    });
+    Some(if small { Shape::Small } else { Shape::Large })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_suits_many_small_files_that_were_counted() {
+        let scan = |state: ScanState, generation, files, bytes| {
+            let mut scan = ScanProgress { generation, files, bytes, ..ScanProgress::default() };
+            scan.set_state(state);
+            DatasetStatus { scan: Some(scan), ..DatasetStatus::default() }
+        };
+        let wants = |shape, status: DatasetStatus| {
+            let mut status = DatasetStatus { ..status };
+            status.set_volume_shape(shape);
+            status
+        };
+        assert_eq!(shape_of(&[]), None);
+        assert_eq!(shape_of(&[DatasetStatus::default()]), Some(Shape::Large), "nobody has counted");
+        let small = scan(ScanState::Complete, 2, 1000, 1000 * (SMALL_FILES - 1));
+        assert_eq!(shape_of(&[DatasetStatus::default(), small.clone()]), Some(Shape::Small));
+        assert_eq!(shape_of(&[wants(VolumeShape::Large, small.clone())]), Some(Shape::Large));
+        assert_eq!(shape_of(&[scan(ScanState::Running, 2, 1000, 1000)]), Some(Shape::Large));
+        assert_eq!(shape_of(&[scan(ScanState::Complete, 1, 0, 0)]), Some(Shape::Large), "there is nothing");
+        let large = scan(ScanState::Complete, 3, 1000, 1000 * SMALL_FILES);
+        assert_eq!(shape_of(&[small, large.clone()]), Some(Shape::Large), "the newest counts");
+        assert_eq!(shape_of(&[wants(VolumeShape::Small, large)]), Some(Shape::Small));
+    }
 }

@@ -1,11 +1,14 @@
 //! The seam between the file system and where names and bytes come from: the client library ([`crate::remote`]), or
 //! memory ([`crate::memory`], for tests and for trying a mount without workers).
 
-use std::{future::Future, sync::Arc};
+use std::{
+    future::{self, Future},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 pub use forebay_client::{ClientError as TreeError, Entry, EntryKind, Inspection, ListPage};
-use forebay_keeper::Health;
+use forebay_keeper::{Health, tables::Shape};
 use forebay_protocol::{DatasetPath, FileVersion};
 use futures::{
     StreamExt,
@@ -81,6 +84,11 @@ pub trait Tree: Send + Sync + 'static {
 
     /// Sums, as far as they are known; asked now and then in the background, never by a request.
     fn totals(&self) -> impl Future<Output = Option<Totals>> + Send;
+
+    /// The shape that suits a mount of it; `None` when that cannot be told.
+    fn shape(&self) -> impl Future<Output = Option<Shape>> + Send {
+        future::ready(Some(Shape::Large))
+    }
 
     /// How the volume is, and then its changes. What cannot be away is healthy.
     fn health(&self) -> BoxStream<'static, Health> {

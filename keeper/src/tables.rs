@@ -14,7 +14,7 @@ mod opens;
 
 pub use counters::{Counter, CounterSnapshot, Counters};
 pub use nodes::{DEFAULT_NODE_ARENA, FIRST_ID, Node, NodeKind, NodeStats, NodeTable, ROOT_ID};
-pub use opens::{DEFAULT_MAX_HANDLES, OpenHandle, OpenMode, OpenStats, OpenTable, RESEND_BIT, Released};
+pub use opens::{DEFAULT_MAX_HANDLES, OpenHandle, OpenMode, OpenStats, OpenTable, RESEND_BIT, Released, Shape};
 
 /// A table has reached its maximum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

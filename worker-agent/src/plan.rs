@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 
 use forebay_api::{Addressing, CacheRuntime, Dataset, MemberState as ApiState, Source};
-use forebay_cache_worker::{DatasetConfig, DatasetsFile, Policy, SourceConfig, SourceProblem, TableFile};
+use forebay_cache_worker::{DatasetConfig, DatasetsFile, Policy, SourceConfig, SourceProblem, TableFile, VolumeShape};
 use forebay_protocol::{
     DatasetId,
     table::{Member, MemberState},
@@ -86,6 +86,11 @@ pub(crate) fn datasets<'a>(
                 forebay_api::Policy::Hold => Policy::Hold,
             },
             quota: quota.map(|quota| quota.div_ceil(u64::from(replicas.max(1)))),
+            shape: match dataset.spec.volume.shape {
+                forebay_api::VolumeShape::Auto => VolumeShape::Auto,
+                forebay_api::VolumeShape::Large => VolumeShape::Large,
+                forebay_api::VolumeShape::Small => VolumeShape::Small,
+            },
         })
     });
     let mut datasets: Vec<DatasetConfig> = configs.collect();

@@ -219,6 +219,7 @@ impl<'a> Resolver<'a, '_> {
                 sources: sources.collect(),
                 policy: spec.cache.policy,
                 quota_bytes: spec.cache.quota.map(|quota| quota.bytes()).transpose().ok()?,
+                shape: spec.volume.shape,
             })
         })();
         self.built(index, built)

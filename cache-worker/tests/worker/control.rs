@@ -3,12 +3,13 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use forebay_cache_worker::{DatasetConfig, VolumeShape};
 use forebay_client::{ClientError, Event};
-use forebay_protocol::worker::{FreeRequest, LoadProgress, LoadRequest, PinRequest, ScanState};
+use forebay_protocol::worker::{self, FreeRequest, LoadProgress, LoadRequest, PinRequest, ScanState};
 use futures::StreamExt;
 use tonic::{Code, Status};
 
-use crate::harness::{BUCKET, Cluster, MIB, eventually, path};
+use crate::harness::{BUCKET, Cluster, MIB, at, eventually, path, source};
 
 async fn tree(cluster: &Cluster) -> (u64, u64) {
     let mut bytes = 0;
@@ -49,6 +50,16 @@ async fn pin(cluster: &Cluster, worker: usize, at: &str, remove: bool) -> Result
         last = progress;
     }
     Ok(last)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_shape_of_mounts_is_told_as_it_is_now() {
+    let cluster = Cluster::start(1).await;
+    assert_eq!(cluster.status(0).await.volume_shape(), worker::VolumeShape::Auto);
+    let sources = vec![at("/", source(&cluster.store, ""))];
+    cluster.configure(&[DatasetConfig { shape: VolumeShape::Small, ..cluster.with_sources(sources) }]);
+    eventually("the edited shape", || async { cluster.status(0).await.volume_shape() == worker::VolumeShape::Small })
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -11,7 +11,9 @@ use std::{
 };
 
 use bytes::Bytes;
-use forebay_cache_worker::{DatasetConfig, DatasetsFile, Policy, RunningWorker, SourceConfig, WorkerOptions};
+use forebay_cache_worker::{
+    DatasetConfig, DatasetsFile, Policy, RunningWorker, SourceConfig, VolumeShape, WorkerOptions,
+};
 use forebay_client::{Client, ClientConfig, ClientError, DatasetClient, EntryKind, MemoryBudget};
 use forebay_protocol::{
     DatasetId, DatasetPath, FileVersion,
@@ -177,6 +179,7 @@ impl Cluster {
             sources: vec![at("/", source(&store, ""))],
             policy: Policy::Hold,
             quota: None,
+            shape: VolumeShape::Auto,
         };
         change_dataset(&mut dataset);
         write_datasets(dir.path(), &[dataset]);
@@ -234,6 +237,7 @@ impl Cluster {
             sources,
             policy: Policy::Hold,
             quota: None,
+            shape: VolumeShape::Auto,
         }
     }
 

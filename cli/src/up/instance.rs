@@ -448,5 +448,10 @@ fn dataset_config(dataset: &ValidatedDataset, workers: u32) -> DatasetConfig {
         sources,
         policy: forebay_cache_worker::Policy::Hold,
         quota: dataset.quota_bytes.map(|quota| quota.div_ceil(u64::from(workers))),
+        shape: match dataset.shape {
+            forebay_api::VolumeShape::Auto => forebay_cache_worker::VolumeShape::Auto,
+            forebay_api::VolumeShape::Large => forebay_cache_worker::VolumeShape::Large,
+            forebay_api::VolumeShape::Small => forebay_cache_worker::VolumeShape::Small,
+        },
     }
 }

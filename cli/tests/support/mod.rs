@@ -47,15 +47,29 @@ pub struct Bench {
 /// What differs between tests.
 #[derive(Clone, Debug)]
 pub struct Setup {
+    pub shape: &'static str,
     pub workers: u32,
     pub capacity: &'static str,
     pub latency: Duration,
     pub arguments: Vec<String>,
 }
 
+impl Setup {
+    /// With a mount of this shape.
+    pub fn shaped(shape: &'static str) -> Self {
+        Self { shape, ..Self::default() }
+    }
+}
+
 impl Default for Setup {
     fn default() -> Self {
-        Self { workers: 3, capacity: "4Gi", latency: Duration::ZERO, arguments: vec!["--deadline".into(), "20".into()] }
+        Self {
+            shape: "Auto",
+            workers: 3,
+            capacity: "4Gi",
+            latency: Duration::ZERO,
+            arguments: vec!["--deadline".into(), "20".into()],
+        }
     }
 }
 
@@ -86,6 +100,9 @@ impl Bench {
     }
 }
 
+/// The shapes of mounts.
+pub const SHAPES: [&str; 2] = ["Large", "Small"];
+
 /// A temporary directory that the unprivileged user of workers and daemons can enter.
 pub fn test_dir() -> tempfile::TempDir {
     let dir = tempfile::Builder::new().prefix("forebay-test-").tempdir().unwrap();
@@ -114,12 +131,14 @@ kind: Dataset
 metadata: {{name: data}}
 spec:
   runtimeRef: {{name: runtime}}
+  volume: {{shape: {shape}}}
   sources:
   - path: /
     uri: s3://{BUCKET}/
     secretRef: {{name: keys}}
     s3: {{endpoint: \"{endpoint}\", region: us-east-1, addressing: Path}}
 ",
+        shape = setup.shape,
         workers = setup.workers,
         capacity = setup.capacity,
         access = store.access_key(),

@@ -11,7 +11,7 @@ use std::{
 };
 
 use forebay_cache_worker::{
-    DatasetConfig, DatasetsFile, Policy, RunningWorker, SourceConfig, TableFile, WorkerOptions,
+    DatasetConfig, DatasetsFile, Policy, RunningWorker, SourceConfig, TableFile, VolumeShape, WorkerOptions,
 };
 use forebay_fuse::{DatasetRef, KeySource, TableSource, VolumeConfig};
 use forebay_keeper::{Health, Keeper, KeeperOptions, MountSpec, VolumeStatus};
@@ -292,6 +292,7 @@ fn datasets(store: &TestStore) -> DatasetsFile {
         sources: vec![SourceConfig { path: "/".into(), spec, problem: None }],
         policy: Policy::Hold,
         quota: None,
+        shape: VolumeShape::Auto,
     };
     DatasetsFile { datasets: vec![dataset] }
 }

@@ -4,7 +4,7 @@
 use std::{net::SocketAddr, path::Path, time::Duration};
 
 use bytes::Bytes;
-use forebay_cache_worker::{DatasetConfig, DatasetsFile, Policy, SourceConfig, WorkerOptions};
+use forebay_cache_worker::{DatasetConfig, DatasetsFile, Policy, SourceConfig, VolumeShape, WorkerOptions};
 use forebay_protocol::{
     DatasetId,
     table::{Member, MemberState, WorkerTable},
@@ -54,6 +54,7 @@ fn dataset(store: &TestStore) -> DatasetConfig {
         sources: vec![SourceConfig { path: "/".into(), spec, problem: None }],
         policy: Policy::Hold,
         quota: None,
+        shape: VolumeShape::Auto,
     }
 }
 

@@ -3,7 +3,10 @@
 use std::fmt;
 
 use forebay_client::{ClientMetrics, MemoryUsage};
-use forebay_keeper::{HealthState, tables::Counter};
+use forebay_keeper::{
+    HealthState,
+    tables::{Counter, Shape},
+};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet, text::encode},
@@ -79,6 +82,8 @@ const VOLUME: &[OfVolume] = metrics! { OfVolume:
     Counter "miss_blocks", "Blocks that workers had to fetch", |v| kept(v, Counter::MissBlocks);
     Gauge "names", "Names that were looked up, of all versions", |v| v.nodes.names;
     Gauge "node_table" Bytes, "Memory of the table of names", |v| v.nodes.resident_bytes;
+    Gauge "small_shape", "1 for a mount for small files, 0 for one for large files",
+        |v| u64::from(v.opens.shape == Some(Shape::Small));
     Gauge "open_handles", "Files and directories that are open", |v| v.opens.handles;
     Counter "notice_overflows", "Times that changes came faster than the kernel took them", |v| v.notice_overflows;
     Gauge "health", "0 healthy, 1 degraded, 2 inaccessible", |v| match v.health.as_ref().map(|health| health.state) {

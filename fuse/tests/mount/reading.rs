@@ -13,6 +13,7 @@ use std::{
 };
 
 use forebay_keeper::tables::Counter;
+use rustix::process::Signal;
 
 use crate::rig::{Line, MOUNTED_AT_NS, Rig, c_path, can_mount, expected, size_of_many};
 
@@ -37,10 +38,19 @@ fn errno<T: std::fmt::Debug>(result: io::Result<T>) -> i32 {
 
 #[test]
 fn files_read_as_their_source() {
+    read_as_their_source(&lines());
+}
+
+#[test]
+fn files_of_a_small_mount_read_as_their_source() {
+    read_as_their_source(&[lines(), vec![Line::Small]].concat());
+}
+
+fn read_as_their_source(lines: &[Line]) {
     if !can_mount() {
         return;
     }
-    let rig = Rig::new(&lines());
+    let rig = Rig::new(lines);
     // Sequential; again from the page cache. (Some machines reclaim pages while there is memory, so what is asked for
     // again is only less, and in one of some rounds.)
     let mut warm = u64::MAX;
@@ -96,6 +106,43 @@ fn files_read_as_their_source() {
         assert_eq!(fs::read(rig.at(name)).unwrap(), expected(seed, 0, size), "{name}");
     }
     assert_eq!(rig.counter(Counter::Errors), 0);
+}
+
+/// Listed, looked up, opened and read again without one request, and through a take-over without being opened.
+#[test]
+fn a_small_mount_is_read_again_without_requests() {
+    if !can_mount() {
+        return;
+    }
+    const FILES: u64 = 300;
+    let mut rig = Rig::new(&[Line::Many("/many".to_owned(), FILES), Line::Small]);
+    let pass = |rig: &Rig| {
+        let mut names: Vec<_> = fs::read_dir(rig.at("many")).unwrap().map(|entry| entry.unwrap().path()).collect();
+        names.sort();
+        assert_eq!(names.len() as u64, FILES);
+        for (number, path) in (0..).zip(names) {
+            assert_eq!(fs::metadata(&path).unwrap().len(), size_of_many(number));
+            assert!(fs::read(&path).unwrap() == expected(number, 0, size_of_many(number) as usize), "{number}");
+        }
+    };
+    let asked = |rig: &Rig, counters: &[Counter]| counters.iter().map(|counter| rig.counter(*counter)).sum::<u64>();
+    let opens = [Counter::Open, Counter::Release, Counter::Opendir, Counter::Releasedir];
+    pass(&rig);
+    assert_eq!(asked(&rig, &opens), 2, "one of each kind, to be told that it is not needed");
+    // (Some machines reclaim pages while there is memory, so it is one of some rounds.)
+    let every: Vec<Counter> = Counter::ALL.iter().copied().filter(|counter| counter.is_request()).collect();
+    let again = |rig: &Rig| {
+        let before = asked(rig, &every);
+        pass(rig);
+        asked(rig, &every) - before
+    };
+    let fewest = (0..5).map(|_| again(&rig)).min();
+    assert_eq!(fewest, Some(0));
+    let before = rig.signal(Signal::KILL);
+    rig.wait_for_successor(before);
+    rig.spawn();
+    pass(&rig);
+    assert_eq!(asked(&rig, &opens), 2);
 }
 
 #[test]

@@ -49,6 +49,8 @@ pub(crate) enum Line {
     Drop(String),
     /// Every call takes so many microseconds.
     Latency(u64),
+    /// Small files suit it.
+    Small,
 }
 
 impl Line {
@@ -60,6 +62,7 @@ impl Line {
             Self::Remove(path) => format!("remove {}\n", hex(path)),
             Self::Drop(path) => format!("drop {}\n", hex(path)),
             Self::Latency(micros) => format!("latency {micros}\n"),
+            Self::Small => "small\n".to_owned(),
         }
     }
 
@@ -77,6 +80,7 @@ impl Line {
             "remove" => Self::Remove(text(1)),
             "drop" => Self::Drop(text(1)),
             "latency" => Self::Latency(number(1)),
+            "small" => Self::Small,
             other => panic!("{other}"),
         }
     }
@@ -148,6 +152,7 @@ fn apply(tree: &MemoryTree, versions: &mut HashMap<String, FileVersion>, line: L
         Line::Remove(name) => tree.remove(&path(&name)).unwrap(),
         Line::Drop(name) => tree.drop_version(&path(&name), &versions[&name]),
         Line::Latency(micros) => tree.set_latency(Duration::from_micros(micros)),
+        Line::Small => tree.suits_small(),
     }
 }
 

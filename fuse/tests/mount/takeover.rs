@@ -122,11 +122,20 @@ fn lines() -> Vec<Line> {
 
 #[test]
 fn killed_again_and_again_under_readers() {
+    killed_again_and_again(&lines());
+}
+
+#[test]
+fn killed_again_and_again_under_readers_of_small_files() {
+    killed_again_and_again(&[lines(), vec![Line::Small]].concat());
+}
+
+fn killed_again_and_again(lines: &[Line]) {
     if !can_mount() {
         return;
     }
     const KILLS: u64 = 100;
-    let mut rig = Rig::new(&lines());
+    let mut rig = Rig::new(lines);
     let readers = Readers::start(&rig);
     let (mut hit, mut slowest) = (0, 0);
     for kill in 0..KILLS {

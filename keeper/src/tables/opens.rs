@@ -31,6 +31,8 @@ pub const DEFAULT_MAX_HANDLES: u64 = 1 << 20;
 const MAGIC: u64 = u64::from_le_bytes(*b"FBKOPEN\x01");
 const H_MAGIC: u64 = 0;
 const H_SLOTS: u64 = 8;
+/// 0 while it is not decided.
+const H_SHAPE: u64 = 16;
 /// Slots from here on were never used.
 const H_HIGH: u64 = 64;
 
@@ -44,9 +46,22 @@ const FREE: u64 = 0;
 const HANDLE: u64 = 1;
 const BACKING: u64 = 2;
 
+const LARGE: u64 = 1;
+const SMALL: u64 = 2;
+
 const CACHED: u64 = 0;
 const DIRECT: u64 = 1;
 const PASSTHROUGH: u64 = 2;
+
+/// What a mount is made for. The kernel keeps to it for the mount's life: once an OPEN was answered with `ENOSYS`, it
+/// sends no other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub enum Shape {
+    /// Large files: each open is a request, and has a handle.
+    Large,
+    /// Many small files: files and directories are opened without a request, so what is in the page cache needs none.
+    Small,
+}
 
 /// How a file is open. The kernel refuses an inode that is open both through the page cache and passed through, or
 /// passed through to two backing files; direct I/O goes with both.
@@ -112,6 +127,8 @@ pub struct OpenStats {
     pub high_water: u64,
     /// Slots.
     pub max_handles: u64,
+    /// The mount's shape; `None` while it is not decided.
+    pub shape: Option<Shape>,
 }
 
 /// The table. See the module for what it guarantees.
@@ -187,12 +204,32 @@ impl OpenTable {
     /// How full it is: of this process's view, so a keeper asks [`Self::high_water`].
     pub fn stats(&self) -> OpenStats {
         let handles = self.state.lock().by_unique.len() as u64;
-        OpenStats { handles, high_water: self.high_water(), max_handles: self.slots }
+        OpenStats { handles, high_water: self.high_water(), max_handles: self.slots, shape: self.shape() }
     }
 
     /// Most slots ever in use at once, whoever used them.
     pub fn high_water(&self) -> u64 {
         self.map.word(H_HIGH).load(Relaxed)
+    }
+
+    /// The mount's shape; `None` while it is not decided.
+    pub fn shape(&self) -> Option<Shape> {
+        match self.map.word(H_SHAPE).load(Acquire) {
+            LARGE => Some(Shape::Large),
+            SMALL => Some(Shape::Small),
+            _ => None,
+        }
+    }
+
+    /// Decides the mount's shape and returns it: the first decision holds.
+    pub fn decide_shape(&self, wanted: Shape) -> Shape {
+        let word = match wanted {
+            Shape::Large => LARGE,
+            Shape::Small => SMALL,
+        };
+        // One daemon writes at a time, and its successor sees what it wrote.
+        let _ = self.map.word(H_SHAPE).compare_exchange(0, word, Release, Relaxed);
+        self.shape().unwrap_or(wanted)
     }
 
     /// Records an open handle and returns it. A second call with the same `unique` (with or without [`RESEND_BIT`])
@@ -432,6 +469,15 @@ mod tests {
         assert_eq!(next.backings(), vec![(7, 3)]);
         assert_eq!(next.clear_backing(7), Some(3));
         assert_eq!(again(&next).backing(7), None);
+    }
+
+    #[test]
+    fn the_first_shape_holds() {
+        let table = OpenTable::create(2).unwrap();
+        assert_eq!(again(&table).shape(), None);
+        assert_eq!(table.decide_shape(Shape::Small), Shape::Small);
+        let next = again(&table);
+        assert_eq!((next.shape(), next.decide_shape(Shape::Large)), (Some(Shape::Small), Shape::Small));
     }
 
     #[test]

@@ -340,6 +340,7 @@ pub(crate) async fn of_each_field_of_a_dataset(cluster: &Cluster) {
             ),
             // Each of the two workers has its half.
             seen("spec.cache.quota", "/cache/quota", json!("4Gi"), told, "/datasets/0/quota", json!(2_u64 << 30)),
+            passed("spec.volume.shape", "/volume/shape", json!("Small"), told, "/datasets/0/shape"),
         ])
         .await;
 }
