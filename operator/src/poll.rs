@@ -146,7 +146,8 @@ async fn follow(context: Arc<Context>, owner: Owner, calls: Arc<Semaphore>) {
 
         let datasets = context.stores.datasets_of(&owner.namespace, &owner.name);
         let seen = book.enter(answers, &datasets);
-        let eager = seen.expects_change(&datasets) && members.len() <= EAGER.1;
+        // Without workers nobody can say anything new, and whoever names the first one wakes this.
+        let eager = seen.expects_change(&datasets) && (1..=EAGER.1).contains(&members.len());
         tell(&context, &owner, &name, &datasets, asked, seen);
 
         let pause = if eager { EAGER.0 } else { EVERY.0.max(EVERY.1 * members.len() as u32) };

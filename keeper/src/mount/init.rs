@@ -48,7 +48,8 @@ pub(crate) const ALLOW_IDMAP: u64 = 1 << 40;
 /// - BIG_WRITES, WRITEBACK_CACHE and the like: nothing is written;
 /// - AUTO_INVAL_DATA: a node id never gets other bytes, so pages are dropped only on request;
 /// - READDIRPLUS_AUTO: a program that lists first and stats later (`ls -l`) would get its attributes one by one;
-/// - NO_OPEN_SUPPORT, NO_OPENDIR_SUPPORT: opens are requests in the `large` mount shape;
+/// - NO_OPEN_SUPPORT, NO_OPENDIR_SUPPORT: by these the kernel says that it understands ENOSYS as the answer to an open; it
+///   does, whatever is accepted;
 /// - OVER_IO_URING: requests in flight would be lost with a daemon; clone_fd is avoided for the same reason;
 /// - REQUEST_TIMEOUT: a hand-over may take longer; nobody there at all is the keeper's own deadline;
 /// - PASSTHROUGH: comes with the node cache. It is accepted here (with `max_stack_depth` 1 in the reply) when the keeper
