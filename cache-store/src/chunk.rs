@@ -17,16 +17,15 @@ use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use forebay_protocol::{BLOCK_SIZE, ChunkKey, DatasetId, DatasetPath, FileVersion, block_checksum};
 use parking_lot::Mutex;
 
 use crate::blocks::BlockSet;
-use crate::catalog::{Entry, Name, PINNED, TRUSTED};
+use crate::catalog::{Entry, Name, PINNED, TRUSTED, Tick};
 use crate::error::{ReadError, WriteError};
 use crate::files::Loaded;
-use crate::policy::EvictionPolicy;
 use crate::root::is_unlinked;
 use crate::shared::Shared;
 use crate::trailer::{self, Header, Layout, Trailer};
@@ -65,7 +64,8 @@ pub struct Chunk {
     header: Header,
     layout: Layout,
     slot: u32,
-    policy: &'static dyn EvictionPolicy,
+    /// Its place in the order of use since it was opened; 0 before its first one.
+    used: AtomicU64,
     detached: AtomicBool,
     trailer: Mutex<()>,
     state: Mutex<State>,
@@ -89,7 +89,7 @@ struct State {
 struct Body {
     file: Arc<File>,
     /// Of the entry that accounts for this file.
-    order: u64,
+    order: Tick,
 }
 
 /// Blocks that one call of [`Chunk::write`] has for itself.
@@ -132,10 +132,7 @@ impl Chunk {
                 checksums: Vec::new(),
             },
         };
-        let (slot, policy) = shared.catalog.ledger(|ledger| {
-            let slot = ledger.slot(header.dataset);
-            (slot, ledger.account(slot).map(|account| account.terms.policy).unwrap_or_default())
-        });
+        let slot = shared.catalog.ledger(|ledger| ledger.slot(header.dataset));
         Self {
             shared: Arc::clone(shared),
             key,
@@ -143,7 +140,7 @@ impl Chunk {
             header,
             layout,
             slot,
-            policy: policy.eviction(),
+            used: AtomicU64::new(0),
             detached: AtomicBool::new(false),
             trailer: Mutex::new(()),
             state: Mutex::new(state),
@@ -231,7 +228,7 @@ impl Chunk {
                     let checksums = state.checksums[first as usize..(first + count) as usize].to_vec();
                     let file = Arc::clone(&body.file);
                     drop(state);
-                    self.policy.accessed(self.key);
+                    self.touch();
                     let offset = u64::from(first) * BLOCK_SIZE;
                     return Some(Extent { file, offset, len: self.bytes_of(first, count), checksums });
                 }
@@ -262,7 +259,7 @@ impl Chunk {
         let mut found = buf.chunks(BLOCK_SIZE as usize).zip(&checksums).zip(first..);
         if read.is_ok() && found.all(|((bytes, checksum), block)| self.checksum(block, bytes) == *checksum) {
             self.settle(epoch, &blocks);
-            self.policy.accessed(self.key);
+            self.touch();
             return Ok(());
         }
         buf.clear();
@@ -334,6 +331,10 @@ impl Chunk {
         self.slot
     }
 
+    pub(crate) fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn is_detached(&self) -> bool {
         self.detached.load(Ordering::Acquire)
     }
@@ -341,6 +342,11 @@ impl Chunk {
     /// The file has no name any more. The name's stripe is held.
     pub(crate) fn detach(&self) {
         self.detached.store(true, Ordering::Release);
+    }
+
+    /// The chunk is used. On the read path: two atomic operations, no lock.
+    fn touch(&self) {
+        self.used.store(self.shared.catalog.next_order().get(), Ordering::Relaxed);
     }
 
     fn checksum(&self, block: u32, bytes: &[u8]) -> u32 {
@@ -401,7 +407,10 @@ impl Chunk {
         };
         let stored = self.write_claimed(claim, first, bytes, checksums);
         let result = match stored {
-            Ok(true) => return Ok(()),
+            Ok(true) => {
+                self.touch();
+                return Ok(());
+            }
             Ok(false) => WriteError::Gone,
             Err(error) => WriteError::Disk(self.shared.disk_failed("write", &error)),
         };
@@ -489,7 +498,7 @@ impl Chunk {
     }
 
     /// Everything valid is verified: the chunk may be closed and opened again without doing so anew.
-    fn trust(&self, order: u64) {
+    fn trust(&self, order: Tick) {
         self.shared.amend(self.name, order, |entry| Entry { flags: entry.flags | TRUSTED, ..entry });
     }
 
@@ -576,7 +585,7 @@ impl Chunk {
 
 impl Drop for Chunk {
     fn drop(&mut self) {
-        self.shared.catalog.clear_live(self.name, self);
+        self.shared.catalog.clear_live(self.name, self, self.used());
     }
 }
 

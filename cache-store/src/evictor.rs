@@ -4,8 +4,16 @@
 //! pressure), then those of forgotten datasets, then what the policies give: for a dataset above its quota, and above
 //! the high watermark down to the low one. Pinned chunks go only with their dataset. The same thread watches the
 //! directory and the free space.
+//!
+//! Where a policy gives way ([`Policy::Lru`]), who is refused asks for room, and does not wait for it: what it has is
+//! streamed past, and the next one finds room. The quota takes it from the dataset itself, if its policy gives way; the
+//! watermark, for a dataset of any policy, from all whose policies give way, whoever's chunk was used longest ago. So
+//! what is there to be replaced never keeps out what is there to stay, and what is there to stay goes for nobody. A chunk
+//! that somebody has open does not give way. To find what does costs a look at every chunk, so more goes than was asked
+//! for: as large a part of what may go as lies between the watermarks. That is down to the low one where everything gives
+//! way; where little does, it is not all taken at once. Nothing goes when the sums say that it would not suffice.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -14,8 +22,10 @@ use forebay_protocol::{ChunkKey, FileIdentity};
 use parking_lot::{Condvar, Mutex};
 
 use crate::catalog::{Entry, Name, PINNED, SUPERSEDED};
+use crate::chunk::Chunk;
 use crate::error::Refusal;
 use crate::ledger::Deficit;
+use crate::policy::Policy;
 use crate::root::{Loss, Root};
 use crate::shared::Shared;
 
@@ -39,6 +49,8 @@ struct State {
     pressure: bool,
     forgotten: bool,
     superseded: VecDeque<(Instant, FileIdentity)>,
+    /// By dataset, what was refused and would be admitted if others gave way: the most bytes, and of which chunk.
+    asked: BTreeMap<u32, (u64, Name)>,
     /// Since when the directory is gone.
     lost: Option<Instant>,
     /// A sweep is asked for.
@@ -52,14 +64,19 @@ impl Signals {
         self.wake.notify_one();
     }
 
-    /// Somebody was refused: what may go without a policy goes now.
-    pub(crate) fn press(&self) {
+    /// Somebody was refused: what may go without a policy goes now, and then what gives way, where that was `asked`: of
+    /// which dataset how many bytes, and for which chunk.
+    pub(crate) fn press(&self, asked: Option<(u32, u64, Name)>) {
         let mut state = self.state.lock();
         // Otherwise only the next look is due, and refusals are frequent once a cache is full.
-        if !state.superseded.is_empty() || state.forgotten {
+        if !state.superseded.is_empty() || state.forgotten || asked.is_some() {
             state.pressure = true;
             state.kicked = true;
             self.wake.notify_one();
+        }
+        if let Some((slot, bytes, name)) = asked {
+            let most = state.asked.entry(slot).or_insert((bytes, name));
+            *most = (*most).max((bytes, name));
         }
     }
 
@@ -165,15 +182,50 @@ impl Shared {
         false
     }
 
-    fn round(&self) {
+    /// What is to give way for `bytes` of a chunk, which stays itself; nothing when that would not suffice.
+    pub(crate) fn ceded(&self, slot: u32, bytes: u64, name: Name) -> Deficit {
+        let stays = self.catalog.get(name).filter(|entry| !entry.has(PINNED)).map_or(0, |entry| entry.charge().used);
+        self.catalog.ledger(|ledger| ledger.ceded(slot, bytes, stays))
+    }
+
+    /// Makes room for `bytes` of a chunk, by what gives way and is not in use.
+    fn give_way(&self, slot: u32, bytes: u64, asking: Name) {
+        let idle =
+            |name, chunk: Option<&Arc<Chunk>>| name != asking && !chunk.is_some_and(|chunk| self.in_use(name, chunk));
+        let dataset = self.ceded(slot, bytes, asking).dataset;
+        if dataset > 0 {
+            self.evict_by(Policy::Lru, |of| of == slot, dataset, idle);
+        }
+        // What went is no longer missing in the tier.
+        let tier = self.ceded(slot, bytes, asking).tier;
+        if tier > 0 {
+            let slots = self.catalog.ledger(|ledger| ledger.giving_way());
+            self.evict_by(Policy::Lru, |of| slots.contains(&of), tier, idle);
+        }
+    }
+
+    /// Whether somebody has this open chunk, beside who asks and what keeps files open.
+    fn in_use(&self, name: Name, chunk: &Arc<Chunk>) -> bool {
+        let kept = self.open.peek(&name).is_some_and(|kept| Arc::ptr_eq(&kept, chunk));
+        Arc::strong_count(chunk) > 1 + usize::from(kept)
+    }
+
+    /// Makes all the room that is due now.
+    pub(crate) fn round(&self) {
         let _one = self.evicting.lock();
         if let Some(root) = self.root() {
             self.disk.refresh(&root);
         }
-        let pressure = std::mem::take(&mut self.signals.state.lock().pressure);
+        let (pressure, asked) = {
+            let mut state = self.signals.state.lock();
+            (std::mem::take(&mut state.pressure), std::mem::take(&mut state.asked))
+        };
         self.drop_superseded(pressure);
         self.drop_forgotten();
         while !self.stopping() && self.enforce() > 0 {}
+        for (slot, (bytes, name)) in asked {
+            self.give_way(slot, bytes, name);
+        }
     }
 
     /// Evicts what is above quotas and the high watermark, a round of it; the number of chunks that went.
@@ -249,10 +301,23 @@ impl Shared {
     /// Evicts at least `bytes` of a dataset if its policy finds as much; the number of chunks that went.
     fn evict_of(&self, slot: u32, bytes: u64, except: Option<Name>) -> u64 {
         let terms = self.catalog.ledger(|ledger| ledger.account(slot).map(|account| account.terms));
-        let policy = terms.unwrap_or_default().policy.eviction();
-        let victims = policy.victims(&mut self.catalog.candidates(slot, except), bytes);
-        let gone = |key| matches!(self.evict(Name::from(key), Why::Victim), Outcome::Gone(_));
-        victims.into_iter().filter(|_| !self.stopping()).filter(|key| gone(*key)).count() as u64
+        self.evict_by(terms.unwrap_or_default().policy, |of| of == slot, bytes, |name, _| Some(name) != except)
+    }
+
+    fn evict_by(
+        &self,
+        policy: Policy,
+        of: impl Fn(u32) -> bool,
+        bytes: u64,
+        may: impl Fn(Name, Option<&Arc<Chunk>>) -> bool,
+    ) -> u64 {
+        let victims = policy.victims(self.catalog.candidates(of, &may), bytes);
+        let gone = |name| {
+            // Those before it took their time.
+            let still = !self.stopping() && may(name, self.catalog.live(name).as_ref());
+            still && matches!(self.evict(name, Why::Victim), Outcome::Gone(_))
+        };
+        victims.into_iter().filter(|key| gone(Name::from(*key))).count() as u64
     }
 
     /// Notices that the directory was removed or moved away, and makes it again. What it held is given up only then, or

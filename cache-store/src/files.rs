@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use forebay_protocol::ChunkKey;
 
 use crate::blocks::BlockSet;
-use crate::catalog::{Entry, Name, PINNED, SUPERSEDED, TRUSTED};
+use crate::catalog::{Entry, Name, PINNED, SUPERSEDED, TRUSTED, Tick};
 use crate::chunk::Chunk;
 use crate::error::{Refusal, WriteError};
 use crate::root::Root;
@@ -22,7 +22,7 @@ pub(crate) struct Loaded {
     pub(crate) trailer: Trailer,
     pub(crate) file: File,
     /// Of its entry.
-    pub(crate) order: u64,
+    pub(crate) order: Tick,
     /// Its blocks were verified in this process before.
     pub(crate) trusted: bool,
 }
@@ -76,7 +76,7 @@ impl Shared {
         header: &Header,
         layout: &Layout,
         first_write: u64,
-    ) -> Result<(File, u64), WriteError> {
+    ) -> Result<(File, Tick), WriteError> {
         let name = Name::from(key);
         let root = self.root().ok_or(Refusal::Closed)?;
         let overhead = layout.overhead();
@@ -84,10 +84,10 @@ impl Shared {
         let kept = self.catalog.get(name).is_some_and(|entry| entry.has(PINNED));
         let wanted = if kept { 0 } else { u64::from(overhead) + first_write };
         if let Err(refusal) = self.catalog.ledger(|ledger| ledger.would_admit(slot, wanted)) {
-            return Err(self.refused(slot, refusal).into());
+            return Err(self.refused(slot, name, refusal).into());
         }
         if let Err(refusal) = self.disk.admit(&root, u64::from(overhead)) {
-            return Err(self.refused(slot, refusal).into());
+            return Err(self.refused(slot, name, refusal).into());
         }
         let order = self.catalog.next_order();
         let mut pinned = false;
@@ -96,10 +96,10 @@ impl Shared {
             let kept = before.map_or(0, |entry| entry.flags & (PINNED | SUPERSEDED));
             pinned = kept & PINNED != 0;
             // A chunk's length is at most 64 MiB.
-            Some(Entry { order, slot, data: 0, len: layout.len as u32, overhead, flags: kept | TRUSTED })
+            Some(Entry { order, used: order, slot, data: 0, len: layout.len as u32, overhead, flags: kept | TRUSTED })
         });
         if let Err(refusal) = entered {
-            return Err(self.refused(slot, refusal).into());
+            return Err(self.refused(slot, name, refusal).into());
         }
         let trailer = Trailer {
             header: header.clone(),
@@ -143,7 +143,7 @@ impl Shared {
     }
 
     /// Gives up the entry of a file that is gone (that of the given order, or any). A pinned chunk keeps its place.
-    pub(crate) fn discard(&self, name: Name, order: Option<u64>) {
+    pub(crate) fn discard(&self, name: Name, order: Option<Tick>) {
         let fresh = self.catalog.next_order();
         // Never refused: nothing grows.
         let _ = self.catalog.apply(name, false, |entry| match entry {
@@ -156,7 +156,7 @@ impl Shared {
     }
 
     /// Gives up a chunk whose file is gone, also the open one.
-    pub(crate) fn vanish(&self, name: Name, order: Option<u64>) {
+    pub(crate) fn vanish(&self, name: Name, order: Option<Tick>) {
         self.discard(name, order);
         self.detach(name);
     }
@@ -167,13 +167,13 @@ impl Shared {
             && chunk.has_body()
         {
             chunk.detach();
-            self.catalog.clear_live(name, Arc::as_ptr(&chunk));
+            self.catalog.clear_live(name, Arc::as_ptr(&chunk), chunk.used());
         }
         self.open.remove(&name);
     }
 
     /// A writer found that somebody deleted the chunk's file. Takes the stripe itself.
-    pub(crate) fn vanished(&self, chunk: &Chunk, order: u64, epoch: u32) {
+    pub(crate) fn vanished(&self, chunk: &Chunk, order: Tick, epoch: u32) {
         let name = Name::from(chunk.key());
         let _name = self.stripe(name);
         // Evicted or replaced by ourselves meanwhile?
@@ -187,21 +187,22 @@ impl Shared {
         }
         self.discard(name, Some(order));
         chunk.detach();
-        self.catalog.clear_live(name, chunk);
+        self.catalog.clear_live(name, chunk, chunk.used());
         self.open.remove(&name);
         self.signals.kick();
     }
 
     /// The entry of a file, corrected by what the file says; a new one for a file that the catalog did not know.
-    fn account(&self, name: Name, trailer: &Trailer, layout: &Layout) -> Result<(u64, bool), Refusal> {
+    fn account(&self, name: Name, trailer: &Trailer, layout: &Layout) -> Result<(Tick, bool), Refusal> {
         let slot = self.catalog.ledger(|ledger| ledger.slot(trailer.header.dataset));
         // At most a chunk.
         let (data, len, overhead) = (layout.bytes_in(&trailer.valid) as u32, layout.len as u32, layout.overhead());
         let fresh = self.catalog.next_order();
         let enter = |mark: u8| {
             self.catalog.apply(name, true, |before| {
-                let (order, flags) = before.map_or((fresh, mark), |entry| (entry.order, entry.flags));
-                Some(Entry { order, slot, data, len, overhead, flags })
+                let (order, used, flags) =
+                    before.map_or((fresh, fresh, mark), |entry| (entry.order, entry.used, entry.flags));
+                Some(Entry { order, used, slot, data, len, overhead, flags })
             })
         };
         let before = match enter(if trailer.pinned { PINNED } else { 0 }) {

@@ -23,7 +23,7 @@ use parking_lot::{Condvar, Mutex};
 use redb::backends::FileBackend;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 
-use crate::catalog::{Catalog, Entry, Name, PINNED, Row, SUPERSEDED};
+use crate::catalog::{Catalog, Entry, Name, PINNED, Row, SUPERSEDED, Tick};
 use crate::root::Root;
 
 const ROW: usize = 16 + 8 + 4 + 4 + 2 + 1 + 4;
@@ -353,10 +353,10 @@ fn write_batch(database: &Database, catalog: &Catalog, rows: &[Row], anew: bool,
 }
 
 fn encode(name: Name, dataset: DatasetId, entry: &Entry) -> [u8; ROW] {
-    let Entry { order, slot: _, data, len, overhead, flags } = *entry;
+    let Entry { order, used: _, slot: _, data, len, overhead, flags } = *entry;
     let mut row = [0; ROW];
     row[..16].copy_from_slice(dataset.as_bytes());
-    row[16..24].copy_from_slice(&order.to_le_bytes());
+    row[16..24].copy_from_slice(&order.get().to_le_bytes());
     row[24..28].copy_from_slice(&data.to_le_bytes());
     row[28..32].copy_from_slice(&len.to_le_bytes());
     row[32..34].copy_from_slice(&overhead.to_le_bytes());
@@ -376,8 +376,11 @@ fn decode(name: Name, row: &[u8; ROW]) -> Option<(DatasetId, Entry)> {
     let (data, rest) = rest.split_first_chunk::<4>()?;
     let (len, rest) = rest.split_first_chunk::<4>()?;
     let (overhead, flags) = rest.split_first_chunk::<2>()?;
+    let ticks = u64::from_le_bytes(*order);
+    let order = Tick::new(ticks);
     let entry = Entry {
-        order: u64::from_le_bytes(*order),
+        order,
+        used: order,
         slot: 0,
         data: u32::from_le_bytes(*data),
         len: u32::from_le_bytes(*len),
@@ -388,7 +391,7 @@ fn decode(name: Name, row: &[u8; ROW]) -> Option<(DatasetId, Entry)> {
     let sound = entry.data <= entry.len
         && u64::from(entry.len) <= forebay_protocol::CHUNK_SIZE
         && entry.flags & !(PINNED | SUPERSEDED) == 0
-        && entry.order < u64::MAX;
+        && ticks < Tick::MAX;
     sound.then_some((DatasetId::from_slice(dataset)?, entry))
 }
 
@@ -408,7 +411,8 @@ mod tests {
         for index in 0..chunks {
             let file = FileIdentity(u128::from(index).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c834));
             let name = ChunkKey { file, index: 0 }.into();
-            let entry = Entry { order: catalog.next_order(), slot, data: 7, len: 9, overhead: 4096, flags: 0 };
+            let order = catalog.next_order();
+            let entry = Entry { order, used: order, slot, data: 7, len: 9, overhead: 4096, flags: 0 };
             catalog.apply(name, true, |_| Some(entry)).unwrap();
         }
     }
@@ -418,7 +422,8 @@ mod tests {
     fn a_row_is_as_version_1_has_it() {
         let name = Name::from(ChunkKey { file: FileIdentity(0x0102), index: 3 });
         let dataset = DatasetId::local("default", "golden");
-        let entry = Entry { order: 5, slot: 0, data: 6, len: 7, overhead: 4096, flags: PINNED };
+        let entry =
+            Entry { order: Tick::new(5), used: Tick::new(5), slot: 0, data: 6, len: 7, overhead: 4096, flags: PINNED };
         let row = encode(name, dataset, &entry);
         assert_eq!(crate::superblock::FORMAT, 1);
         assert_eq!(hex::encode(name.0), "0000000000000000000000000000010200000003");

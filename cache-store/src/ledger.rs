@@ -7,7 +7,7 @@
 //! Invariants: every charge is changed together with the catalog's entry, under the entry's shard lock; so the sums
 //! here are the sums over the entries. A change that adds bytes passes the limits or does not happen.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use forebay_protocol::DatasetId;
 
@@ -48,6 +48,17 @@ pub(crate) struct Account {
     pub(crate) evicted_bytes: u64,
     pub(crate) bypassed: u64,
     pub(crate) corrupt_blocks: u64,
+}
+
+impl Account {
+    /// Bytes that may go.
+    fn evictable(&self) -> u64 {
+        self.sum.used - self.sum.pinned
+    }
+
+    fn gives_way(&self) -> bool {
+        self.served && self.terms.policy.gives_way()
+    }
 }
 
 /// What must go before something fits.
@@ -167,16 +178,42 @@ impl Ledger {
         }
     }
 
+    /// What chunks of the dataset, or of the tier's datasets, are to give way for `bytes` more of it, while `stays` of its
+    /// unpinned bytes must not: what is missing, or the part between the watermarks, if that is more. Only datasets whose
+    /// policies give way do so, but for a dataset of any policy. Nothing when that would not suffice.
+    pub(crate) fn ceded(&self, slot: u32, bytes: u64, stays: u64) -> Deficit {
+        let Some(account) = self.accounts.get(slot as usize).filter(|account| account.served) else {
+            return Deficit::default();
+        };
+        let yields = |account: &Account| if account.gives_way() { account.evictable() } else { 0 };
+        let stays = stays.min(yields(account));
+        let own = yields(account) - stays;
+        let all = self.accounts.iter().map(yields).sum::<u64>() - stays;
+        let Deficit { dataset, tier } = self.deficit(slot, bytes);
+        if dataset > own || tier > all {
+            return Deficit::default();
+        }
+        // Below `of`, so within u64 again.
+        let part = |of| (u128::from(self.high - self.low) * u128::from(of) / u128::from(self.high.max(1))) as u64;
+        let least = |missing: u64, of: u64| if missing == 0 { 0 } else { missing.max(part(of)) };
+        Deficit { dataset: least(dataset, own), tier: least(tier, all) }
+    }
+
+    /// The datasets whose chunks give way to new ones.
+    pub(crate) fn giving_way(&self) -> BTreeSet<u32> {
+        let accounts = (0..).zip(&self.accounts);
+        accounts.filter(|(_, account)| account.gives_way()).map(|(slot, _)| slot).collect()
+    }
+
     /// Splits bytes that the tier must lose over the datasets, by what each has that may go.
     pub(crate) fn shares(&self, bytes: u64) -> Vec<(u32, u64)> {
-        let evictable = |account: &Account| account.sum.used - account.sum.pinned;
-        let all: u64 = self.accounts.iter().map(evictable).sum();
+        let all: u64 = self.accounts.iter().map(Account::evictable).sum();
         if all == 0 {
             return Vec::new();
         }
         let share = |mine: u64| (u128::from(bytes) * u128::from(mine)).div_ceil(u128::from(all)) as u64;
         let accounts = self.accounts.iter().enumerate();
-        accounts.map(|(slot, account)| (slot as u32, share(evictable(account)))).filter(|(_, n)| *n > 0).collect()
+        accounts.map(|(slot, account)| (slot as u32, share(account.evictable()))).filter(|(_, n)| *n > 0).collect()
     }
 
     fn check(&self, slot: u32, from: Charge, to: Charge) -> Result<(), Refusal> {

@@ -13,8 +13,6 @@
 //!
 //! What rots while the process that wrote it lives is not looked for: whoever receives it finds it out, and has it
 //! checked by [`Chunk::verify_again`].
-//!
-//! Not handled: access times (no policy needs them yet).
 
 mod blocks;
 mod catalog;
@@ -39,6 +37,6 @@ pub use blocks::{BlockSet, Run};
 pub use chunk::{Chunk, ChunkSpec, Extent};
 pub use error::{OpenError, PinError, PinRefused, ReadError, Refusal, WriteError};
 pub use ledger::DatasetPolicy;
-pub use policy::{Candidate, EvictionPolicy, Hold, MAX_VICTIMS, Policy};
+pub use policy::Policy;
 pub use shared::Tuning;
 pub use store::{ChunkStore, DatasetUsage, Removed, StoreOptions, Totals};

@@ -12,12 +12,13 @@ use forebay_protocol::ChunkKey;
 use parking_lot::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
 use quick_cache::sync::Cache;
 
-use crate::catalog::{Catalog, Entry, Name};
+use crate::catalog::{Catalog, Entry, Name, Tick};
 use crate::chunk::Chunk;
 use crate::disk::Disk;
 use crate::error::Refusal;
 use crate::evictor::Signals;
 use crate::index::Index;
+use crate::ledger::Deficit;
 use crate::root::Root;
 
 /// Locks over names: two chunks share one with a probability of 1/1,024.
@@ -137,10 +138,10 @@ impl Shared {
     }
 
     /// Reserves bytes for blocks of a chunk's file.
-    pub(crate) fn grow(&self, slot: u32, name: Name, order: u64, bytes: u64) -> Result<(), crate::WriteError> {
+    pub(crate) fn grow(&self, slot: u32, name: Name, order: Tick, bytes: u64) -> Result<(), crate::WriteError> {
         let root = self.root().ok_or(Refusal::Closed)?;
         if let Err(refusal) = self.disk.admit(&root, bytes) {
-            return Err(self.refused(slot, refusal).into());
+            return Err(self.refused(slot, name, refusal).into());
         }
         let mut found = false;
         let grown = self.catalog.apply(name, true, |entry| {
@@ -151,17 +152,17 @@ impl Shared {
         match grown {
             Ok(_) if found => Ok(()),
             Ok(_) => Err(crate::WriteError::Gone),
-            Err(refusal) => Err(self.refused(slot, refusal).into()),
+            Err(refusal) => Err(self.refused(slot, name, refusal).into()),
         }
     }
 
     /// Gives bytes of a chunk's file back; nothing when that file is no longer the chunk's.
-    pub(crate) fn shrink(&self, name: Name, order: u64, bytes: u64) {
+    pub(crate) fn shrink(&self, name: Name, order: Tick, bytes: u64) {
         self.amend(name, order, |entry| Entry { data: entry.data.saturating_sub(bytes as u32), ..entry });
     }
 
     /// Changes the entry of a chunk's file without adding to it.
-    pub(crate) fn amend(&self, name: Name, order: u64, change: impl FnOnce(Entry) -> Entry) {
+    pub(crate) fn amend(&self, name: Name, order: Tick, change: impl FnOnce(Entry) -> Entry) {
         // Never refused: nothing grows.
         let _ = self.catalog.apply(name, false, |entry| match entry {
             Some(entry) if entry.order == order => Some(change(entry)),
@@ -170,14 +171,18 @@ impl Shared {
     }
 
     /// Counts a refusal, and calls the evictor when there may be something to free.
-    pub(crate) fn refused(&self, slot: u32, refusal: Refusal) -> Refusal {
+    pub(crate) fn refused(&self, slot: u32, name: Name, refusal: Refusal) -> Refusal {
         self.catalog.ledger(|ledger| {
             if let Some(account) = ledger.account(slot) {
                 account.bypassed += 1;
             }
         });
         match &refusal {
-            Refusal::Quota { .. } | Refusal::Watermark { .. } | Refusal::Disk(_) => self.signals.press(),
+            Refusal::Quota { wanted, .. } | Refusal::Watermark { wanted, .. } => {
+                let asks = self.ceded(slot, *wanted, name) != Deficit::default();
+                self.signals.press(asks.then_some((slot, *wanted, name)));
+            }
+            Refusal::Disk(_) => self.signals.press(None),
             Refusal::Pin(_) | Refusal::Dataset | Refusal::Closed => {}
         }
         refusal

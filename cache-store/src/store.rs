@@ -101,13 +101,13 @@ pub struct Totals {
 /// The chunks of one cache directory. Shared by reference count; dropped without [`Self::close`], it leaves the
 /// directory as a crash would, and the next start sweeps it.
 pub struct ChunkStore {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     writer: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl ChunkStore {
-    /// Opens the store of a directory. Takes time (microseconds) and memory (80 bytes) in proportion to the number of
+    /// Opens the store of a directory. Takes time (microseconds) and memory (76 bytes) in proportion to the number of
     /// chunks, and opens none of their files.
     pub fn open(options: StoreOptions) -> Result<Arc<Self>, OpenError> {
         Self::open_tuned(options, Tuning::default())
@@ -352,7 +352,7 @@ impl ChunkStore {
             let fits = shared.catalog.ledger(|ledger| ledger.would_admit(chunk.slot(), least));
             let admitted = fits.and_then(|()| shared.disk.admit(&*shared.root().ok_or(Refusal::Closed)?, 0));
             if let Err(refusal) = admitted {
-                shared.refused(chunk.slot(), refusal);
+                shared.refused(chunk.slot(), name, refusal);
                 return None;
             }
         }

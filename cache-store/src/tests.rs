@@ -1,5 +1,7 @@
 //! Tests that look inside.
 
+mod policies;
+
 use std::time::{Duration, Instant};
 
 use forebay_protocol::{ChunkKey, DatasetId, FileIdentity};
@@ -28,8 +30,8 @@ fn a_start_reads_the_index_and_opens_no_file() {
         let slot = catalog.ledger(|ledger| ledger.slot(DatasetId::local("n", "a")));
         for index in 0..CHUNKS {
             let file = FileIdentity(u128::from(index).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835));
-            let entry =
-                Entry { order: catalog.next_order(), slot, data: 50_000, len: 50_000, overhead: 7_344, flags: 0 };
+            let order = catalog.next_order();
+            let entry = Entry { order, used: order, slot, data: 50_000, len: 50_000, overhead: 7_344, flags: 0 };
             catalog.apply(Name::from(ChunkKey { file, index: 0 }), true, |_| Some(entry)).unwrap();
         }
         let index = Index::default();
