@@ -139,7 +139,9 @@ pub enum Addressing {
 #[serde(rename_all = "camelCase")]
 pub struct Cache {
     /// What happens when the quota or the disk is full. `Hold`: what is there stays, what comes is streamed and not
-    /// stored, so that a dataset larger than the cache does not push itself out.
+    /// stored, so that a dataset larger than the cache does not push itself out. `LRU`: what comes takes the place of
+    /// what was used longest ago, of this dataset or, when the disk is full, of all that are `LRU`. What comes of a
+    /// `Hold` dataset takes the place of `LRU` data, too, when the disk is full; `Hold` data makes room for nobody.
     #[serde(default)]
     pub policy: Policy,
     /// Most bytes of this dataset on all workers together. Absent: as much as their disks hold.
@@ -177,6 +179,9 @@ pub enum Policy {
     /// What is there stays; what comes is streamed and not stored.
     #[default]
     Hold,
+    /// What comes takes the place of what was used longest ago.
+    #[serde(rename = "LRU")]
+    Lru,
 }
 
 /// What was last seen of a dataset.

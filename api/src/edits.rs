@@ -74,7 +74,11 @@ pub const EDITS: &[Edit] = &[
     takes(DATASET, "spec.sources[].s3.endpoint", "Live: the next request to the source goes there."),
     takes(DATASET, "spec.sources[].s3.region", "Live: the next request to the source is signed for it."),
     takes(DATASET, "spec.sources[].s3.addressing", "Live: the next request to the source is written like this."),
-    takes(DATASET, "spec.cache.policy", "There is only one."),
+    takes(
+        DATASET,
+        "spec.cache.policy",
+        "Live: what is stored stays; what comes is stored or streamed as the new policy says.",
+    ),
     takes(
         DATASET,
         "spec.cache.quota",

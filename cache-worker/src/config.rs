@@ -155,6 +155,9 @@ pub enum Policy {
     /// Admit until the quota, then read through.
     #[default]
     Hold,
+    /// Admit, and evict what was used longest ago.
+    #[serde(rename = "LRU")]
+    Lru,
 }
 
 /// Why a file cannot be used.

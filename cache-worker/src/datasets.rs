@@ -251,6 +251,7 @@ impl Datasets {
 fn policy(config: &DatasetConfig) -> DatasetPolicy {
     let policy = match config.policy {
         Policy::Hold => forebay_cache_store::Policy::Hold,
+        Policy::Lru => forebay_cache_store::Policy::Lru,
     };
     DatasetPolicy { policy, quota: config.quota }
 }

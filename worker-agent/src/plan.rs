@@ -84,6 +84,7 @@ pub(crate) fn datasets<'a>(
             sources: dataset.spec.sources.iter().map(|source| source_config(source, secrets)).collect(),
             policy: match dataset.spec.cache.policy {
                 forebay_api::Policy::Hold => Policy::Hold,
+                forebay_api::Policy::Lru => Policy::Lru,
             },
             quota: quota.map(|quota| quota.div_ceil(u64::from(replicas.max(1)))),
             shape: match dataset.spec.volume.shape {

@@ -7,6 +7,7 @@ mod faults;
 mod garbage;
 mod harness;
 mod hung;
+mod lru;
 mod peers;
 mod reads;
 mod restarts;

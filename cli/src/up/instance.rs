@@ -446,7 +446,10 @@ fn dataset_config(dataset: &ValidatedDataset, workers: u32) -> DatasetConfig {
         namespace: dataset.namespace.clone(),
         name: dataset.name.clone(),
         sources,
-        policy: forebay_cache_worker::Policy::Hold,
+        policy: match dataset.policy {
+            forebay_api::Policy::Hold => forebay_cache_worker::Policy::Hold,
+            forebay_api::Policy::Lru => forebay_cache_worker::Policy::Lru,
+        },
         quota: dataset.quota_bytes.map(|quota| quota.div_ceil(u64::from(workers))),
         shape: match dataset.shape {
             forebay_api::VolumeShape::Auto => forebay_cache_worker::VolumeShape::Auto,

@@ -330,14 +330,7 @@ pub(crate) async fn of_each_field_of_a_dataset(cluster: &Cluster) {
                 told,
                 "/datasets/0/sources/0/spec/s3/addressing",
             ),
-            // There is only one.
-            refused(
-                "spec.cache.policy",
-                "/cache/policy",
-                json!("LRU"),
-                "spec.cache.policy",
-                "supported values: \"Hold\"",
-            ),
+            passed("spec.cache.policy", "/cache/policy", json!("LRU"), told, "/datasets/0/policy"),
             // Each of the two workers has its half.
             seen("spec.cache.quota", "/cache/quota", json!("4Gi"), told, "/datasets/0/quota", json!(2_u64 << 30)),
             passed("spec.volume.shape", "/volume/shape", json!("Small"), told, "/datasets/0/shape"),
