@@ -3,7 +3,10 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: help demo build test lint generate fuzz e2e cluster cluster-down nightly deps clean
+# Arguments of the benchmark, as in: make bench BENCH="--rows walk random --scale 0.1"
+BENCH ?=
+
+.PHONY: help demo bench build test lint generate fuzz e2e cluster cluster-down nightly deps clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -11,6 +14,11 @@ help: ## This list
 demo: deps ## Serve a data set from an embedded S3 store through workers and a FUSE mount; kill things; print a table
 	cargo build --release --package forebay --package forebay-demo
 	./target/release/forebay-demo --forebay ./target/release/forebay
+
+bench: deps ## As root: compare reads through a mount with local files and with rclone; print ratios; target/bench.json
+	cargo build --release --package forebay --package forebay-bench
+	rclone="$$(scripts/rclone.sh)" || rclone=; \
+	./target/release/forebay-bench --forebay ./target/release/forebay $${rclone:+--rclone "$$rclone"} $(BENCH)
 
 build: ## The command `forebay`, optimised, at target/release/forebay
 	cargo build --release --package forebay

@@ -3,6 +3,7 @@
 //! What a file must contain is known from here, from the generator; it is never learnt by reading.
 
 use bytes::Bytes;
+use forebay_test_store::content;
 use twemoji_assets::png::PngTwemojiAsset;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
@@ -20,29 +21,6 @@ pub struct Expected {
     pub size: u64,
     /// xxh3-128 of the contents.
     pub sum: u128,
-}
-
-/// Fills `buffer` with the bytes of a shard from `offset` on: a function of both, so that no two places are alike.
-pub fn fill_shard(shard: u64, offset: u64, buffer: &mut [u8]) {
-    let mut position = offset;
-    let mut rest = buffer;
-    while !rest.is_empty() {
-        let word = mix(shard, position / 8).to_le_bytes();
-        let within = (position % 8) as usize;
-        let count = (8 - within).min(rest.len());
-        let (now, later) = rest.split_at_mut(count);
-        now.copy_from_slice(&word[within..within + count]);
-        rest = later;
-        position += count as u64;
-    }
-}
-
-/// splitmix64 of (shard, word).
-fn mix(shard: u64, word: u64) -> u64 {
-    let mut z = (shard << 48 ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 /// The image set: path and contents.
@@ -72,7 +50,7 @@ pub fn expect_shard(shard: u64) -> Expected {
     let mut hasher = Xxh3::new();
     let mut buffer = vec![0; 1 << 20];
     for offset in (0..SHARD_SIZE).step_by(buffer.len()) {
-        fill_shard(shard, offset, &mut buffer);
+        content::fill(shard, offset, &mut buffer);
         hasher.update(&buffer);
     }
     Expected { path: shard_path(shard), size: SHARD_SIZE, sum: hasher.digest128() }
@@ -86,19 +64,6 @@ pub fn shard_path(shard: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_shard_is_the_same_in_any_pieces() {
-        let mut whole = vec![0; 1000];
-        fill_shard(3, 5, &mut whole);
-        for cut in [1, 7, 8, 500, 999] {
-            let mut pieces = vec![0; 1000];
-            let (a, b) = pieces.split_at_mut(cut);
-            fill_shard(3, 5, a);
-            fill_shard(3, 5 + cut as u64, b);
-            assert_eq!(pieces, whole);
-        }
-    }
 
     #[test]
     fn the_image_set_is_of_several_thousand_files() {

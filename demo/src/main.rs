@@ -7,7 +7,6 @@
 
 mod data;
 mod epoch;
-mod instance;
 mod report;
 
 use std::{
@@ -19,14 +18,14 @@ use std::{
 
 use anyhow::{Context, ensure};
 use clap::Parser;
-use forebay_test_store::{Options, TestStore};
+use forebay_test_instance::Instance;
+use forebay_test_store::{Options, TestStore, content};
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::time::{Instant, sleep};
 
 use crate::{
     data::Expected,
     epoch::{Mode, Outcome, Progress},
-    instance::Instance,
     report::{Row, Sample},
 };
 
@@ -72,7 +71,7 @@ async fn run(args: Args) -> anyhow::Result<ExitCode> {
     println!("store: {} files, {:.0} MB, {} ms a request", files.len(), bytes as f64 / 1e6, args.latency);
 
     let manifest = manifest(&args.manifest, &store, dir.path())?;
-    let instance = Instance::start(&args.forebay, &manifest, dir.path()).await?;
+    let instance = Instance::start(&args.forebay, &manifest, dir.path(), &[]).await?;
     println!("up:    3 workers, 1 FUSE daemon and its standby, mounted at {}", instance.mount.display());
 
     let shards: Vec<Expected> = files.iter().filter(|file| file.path.starts_with("shards/")).cloned().collect();
@@ -106,8 +105,7 @@ async fn fill(store: &TestStore) -> anyhow::Result<Vec<Expected>> {
         store.put(BUCKET, &path, contents).await;
     }
     for shard in 0..data::SHARDS {
-        let generator = Arc::new(move |offset, buffer: &mut [u8]| data::fill_shard(shard, offset, buffer));
-        store.put_virtual(BUCKET, &data::shard_path(shard), data::SHARD_SIZE, generator);
+        store.put_virtual(BUCKET, &data::shard_path(shard), data::SHARD_SIZE, content::generator(shard));
         files.push(tokio::task::spawn_blocking(move || data::expect_shard(shard)).await?);
         bar.inc(data::SHARD_SIZE);
     }

@@ -7,6 +7,7 @@
 //!   start-after, continuation tokens, max-keys, encoding-type=url) over an index in memory, keys that no file system
 //!   holds (`a` beside `a/b`, `a//b`, control characters), virtual objects that are generated as they are read.
 //! - `faults`: statuses, delays, stalled, truncated and reset connections, by verb, key and turn.
+//! - [`content`]: generated contents, for whoever must know what a reader has to find.
 //! - `server`: latency, counters, the HTTP connections.
 //!
 //! Invariants: an object never changes under a stream that reads it (every put is a new file); what [`TestStore::put`]
@@ -16,6 +17,7 @@
 #![allow(clippy::expect_used, clippy::panic, reason = "a server for tests: when its set-up breaks the test must stop")]
 
 mod backend;
+pub mod content;
 mod faults;
 mod index;
 mod server;

@@ -1,7 +1,6 @@
 //! A real S3 server, a real `forebay up`, real mounts. Everything is taken away when a test ends, also when it fails.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of it")]
 
-pub mod content;
 pub mod node;
 pub mod readers;
 
@@ -14,6 +13,7 @@ use std::{
 };
 
 use bytes::Bytes;
+pub use forebay_test_store::content;
 use forebay_test_store::{Options, TestStore};
 use rustix::process::{Pid, Signal};
 use serde_json::Value;

@@ -1,9 +1,11 @@
-//! `forebay up` as the demo's child, and what it says of itself.
+//! `forebay up` as the child of a program that tries it out (`make demo`, `make bench`), and what it says of itself.
+//!
+//! Whoever gives up half-way leaves nothing behind: an [`Instance`] that is dropped is interrupted and waited for.
 
 use std::{
     path::{Path, PathBuf},
     process::Stdio,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
@@ -28,8 +30,9 @@ pub struct Instance {
 }
 
 impl Instance {
-    /// Starts `forebay up` on a manifest and waits until it serves.
-    pub async fn start(program: &Path, manifest: &Path, dir: &Path) -> anyhow::Result<Self> {
+    /// Starts `forebay up` on a manifest and waits until it serves. State, mounts and log are in `dir`; `arguments` are
+    /// further ones of `up`.
+    pub async fn start(program: &Path, manifest: &Path, dir: &Path, arguments: &[&str]) -> anyhow::Result<Self> {
         let state = dir.join("state");
         let mut child = Command::new(program)
             .args(["up", "--output", "json", "--file"])
@@ -38,6 +41,7 @@ impl Instance {
             .arg(dir.join("mnt"))
             .arg("--state-dir")
             .arg(&state)
+            .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(std::fs::File::create(dir.join("forebay.log")).context("creating the log")?)
@@ -45,6 +49,8 @@ impl Instance {
             .spawn()
             .with_context(|| format!("starting {}", program.display()))?;
         let stdout = child.stdout.take().context("no standard output")?;
+        // From here on there is something to take down.
+        let mut instance = Self { program: program.to_owned(), state, child, mount: PathBuf::new() };
         let line = timeout(READY, BufReader::new(stdout).lines().next_line())
             .await
             .context("forebay up was not ready in time")??;
@@ -54,20 +60,38 @@ impl Instance {
         };
         let ready: Value = serde_json::from_str(&line)?;
         let mount = ready["datasets"][0]["mount"].as_str().context("no mount in the answer of forebay up")?;
-        Ok(Self { program: program.to_owned(), state, child, mount: mount.into() })
+        instance.mount = mount.into();
+        Ok(instance)
+    }
+
+    /// The process `forebay up`: the keeper; workers and daemons are its children.
+    pub fn pid(&self) -> anyhow::Result<u32> {
+        self.child.id().context("forebay up has ended")
+    }
+
+    /// Its state directory.
+    pub fn state(&self) -> &Path {
+        &self.state
     }
 
     /// What `forebay status` says.
     pub async fn status(&self) -> anyhow::Result<Value> {
+        Ok(serde_json::from_slice(&self.command(&["status"]).await?)?)
+    }
+
+    /// Runs another command against it; gives what it printed, as JSON.
+    pub async fn command(&self, arguments: &[&str]) -> anyhow::Result<Vec<u8>> {
         let output = Command::new(&self.program)
-            .args(["status", "--output", "json", "--state-dir"])
+            .args(arguments)
+            .args(["--output", "json", "--state-dir"])
             .arg(&self.state)
+            .kill_on_drop(true)
             .output()
             .await?;
         if !output.status.success() {
-            bail!("forebay status: {}", String::from_utf8_lossy(&output.stderr).trim());
+            bail!("forebay {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim());
         }
-        Ok(serde_json::from_slice(&output.stdout)?)
+        Ok(output.stdout)
     }
 
     /// Kills (-9) the daemon that serves the mount; gives its pid.
@@ -101,6 +125,18 @@ impl Instance {
             bail!("forebay up ended with {status}");
         }
         Ok(())
+    }
+}
+
+impl Drop for Instance {
+    fn drop(&mut self) {
+        // None: it was waited for.
+        let Some(pid) = self.child.id() else { return };
+        let _ = signal(u64::from(pid), Signal::INT);
+        let deadline = Instant::now() + END;
+        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 }
 

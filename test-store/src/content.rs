@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
+use crate::Generator;
 use bytes::Bytes;
-use forebay_test_store::Generator;
 
 /// Fills `buffer` with the contents of `seed` from `offset` on.
 pub fn fill(seed: u64, offset: u64, buffer: &mut [u8]) {
@@ -35,7 +35,7 @@ pub fn bytes(seed: u64, size: usize) -> Bytes {
     buffer.into()
 }
 
-/// For [`forebay_test_store::TestStore::put_virtual`].
+/// For [`crate::TestStore::put_virtual`].
 pub fn generator(seed: u64) -> Generator {
     Arc::new(move |offset, buffer: &mut [u8]| fill(seed, offset, buffer))
 }
@@ -45,4 +45,22 @@ pub fn difference(seed: u64, offset: u64, read: &[u8]) -> Option<u64> {
     let mut expected = vec![0; read.len()];
     fill(seed, offset, &mut expected);
     read.iter().zip(&expected).position(|(a, b)| a != b).map(|position| offset + position as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contents_are_the_same_in_any_pieces() {
+        let mut whole = vec![0; 1000];
+        fill(3, 5, &mut whole);
+        for cut in [1, 7, 8, 500, 999] {
+            let mut pieces = vec![0; 1000];
+            let (a, b) = pieces.split_at_mut(cut);
+            fill(3, 5, a);
+            fill(3, 5 + cut as u64, b);
+            assert_eq!(pieces, whole);
+        }
+    }
 }
