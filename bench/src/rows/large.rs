@@ -17,6 +17,8 @@ const RANDOM_128K: Claim = Claim::new("random 128 KiB", "warm, throughput", Limi
 pub(super) const CLAIMS: [Claim; 4] = [SEQUENTIAL, MMAP, RANDOM_4K, RANDOM_128K];
 
 const SIZE: u64 = 1 << 30;
+/// A way to read a file.
+type Kind<'a> = &'a dyn Fn(&Large) -> Work;
 /// Random reads: enough for a quarter of a second.
 const READS_4K: u64 = 100_000;
 const READS_128K: u64 = 8_000;
@@ -37,7 +39,7 @@ pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()
     job::run(Work::Sequential { file: mounted.clone(), verify: true }, None).await?;
     job::run(Work::Sequential { file: local.clone(), verify: false }, None).await?;
 
-    let works: [(Claim, &dyn Fn(&Large) -> Work); 4] = [
+    let works: [(Claim, Kind<'_>); 4] = [
         (SEQUENTIAL, &|file| Work::Sequential { file: file.clone(), verify: false }),
         (MMAP, &|file| Work::Mmap { file: file.clone() }),
         (RANDOM_4K, &|file| Work::Random { file: file.clone(), block: 4 << 10, count: bench.scaled(READS_4K) }),
