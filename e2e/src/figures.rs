@@ -30,17 +30,24 @@ struct Row {
     goal: &'static str,
 }
 
-/// Measures all, prints the table.
-pub fn run(env: &Env) -> anyhow::Result<ExitCode> {
-    env.kubectl.remove_namespace(NAMESPACE)?;
-    env.kubectl.run(&["create", "namespace", NAMESPACE])?;
-    let rows = measure(env);
-    env.kubectl.remove_namespace(NAMESPACE)?;
+/// Measures the groups `basic`, `warm` and `thousand`, or those that are named, and prints the table.
+pub fn run(env: &Env, words: &[String]) -> anyhow::Result<ExitCode> {
+    let wanted = |group: &str| words.is_empty() || words.iter().any(|word| group == word);
     println!("| what | measured | goal |\n|---|---|---|");
-    print(rows?);
+    if wanted("basic") {
+        env.kubectl.remove_namespace(NAMESPACE)?;
+        env.kubectl.run(&["create", "namespace", NAMESPACE])?;
+        let rows = measure(env);
+        env.kubectl.remove_namespace(NAMESPACE)?;
+        print(rows?);
+    }
     if let Some(cluster) = &env.cluster {
-        print(warm::measure(env)?);
-        thousand::measure(env, cluster)?;
+        if wanted("warm") {
+            print(warm::measure(env)?);
+        }
+        if wanted("thousand") {
+            thousand::measure(env, cluster)?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

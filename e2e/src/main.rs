@@ -32,7 +32,7 @@ use crate::{cluster::Cluster, kubectl::Kubectl, runner::say_line, store::Store};
 #[derive(Debug, Parser)]
 #[command(about = "Runs Forebay's tests on a real Kubernetes cluster")]
 struct Args {
-    /// Run the tests whose name holds one of these words; all without any
+    /// Run the tests whose name holds one of these words, or measure the figures of these names; all without any
     words: Vec<String>,
     /// Print the tests' names and stop
     #[arg(long)]
@@ -120,7 +120,7 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     env.kubectl.run(&["version"]).context("is KUBECONFIG set, and the cluster there?")?;
     if args.figures {
-        return figures::run(&env);
+        return figures::run(&env, &args.words);
     }
     let failed = runner::run(&env, &chosen);
     println!("{} tests, {} failed{}", chosen.len(), failed.len(), if failed.is_empty() { "" } else { ":" });
