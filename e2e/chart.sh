@@ -14,10 +14,11 @@ render() { helm template forebay charts/forebay --namespace forebay-system "$@";
 
 combinations=0
 for crds in true false; do for classes in true false; do for policies in true false; do for master in "" mine; do
-for pull in 0 2; do
+for pull in 0 2; do for cache in 0 20Gi; do
   pulls=(); for n in $(seq 1 $pull); do pulls+=(--set "imagePullSecrets[$((n - 1))].name=pull$n"); done
   render --set crds.install=$crds --set priorityClasses.create=$classes --set networkPolicies.create=$policies \
-    --set operator.masterSecret=$master --set csi.nodeSelector.gpu=yes "${pulls[@]}" > "$out/all.yaml"
+    --set operator.masterSecret=$master --set csi.nodeSelector.gpu=yes \
+    --set-string fuse.nodeCache.capacity=$cache "${pulls[@]}" > "$out/all.yaml"
   count() { grep -c "^kind: $1$" "$out/all.yaml" || true; }
   [ "$(count PriorityClass)" = $([ $classes = true ] && echo 2 || echo 0) ] || fail "PriorityClasses with create=$classes"
   [ "$(count NetworkPolicy)" = $([ $policies = true ] && echo 3 || echo 0) ] || fail "NetworkPolicies with create=$policies"
@@ -29,12 +30,15 @@ for pull in 0 2; do
   # Each in every pod, and told to the operator for workers.
   [ "$(grep -cE "^ *- name: pull[12]$" "$out/all.yaml")" = $((pull * ($(count Job) + 3))) ] || fail "imagePullSecrets: $pull"
   [ "$(grep -cE "^ *- --image-pull-secret=pull[12]$" "$out/all.yaml")" = $pull ] || fail "--image-pull-secret: $pull"
+  # For the plugin and two daemons.
+  [ "$(grep -c -- "- --node-cache=" "$out/all.yaml")" = $([ $cache = 0 ] && echo 0 || echo 3) ] || fail "nodeCache.capacity=$cache"
   combinations=$((combinations + 1))
-done; done; done; done; done
+done; done; done; done; done; done
 
 refused=0
 for wrong in operator.replica=2 operator.replicas=0 image.pullPolicy=Sometimes logFormat=xml csi.kubeletDir=var fuse.resources.limits=null \
-  priorityClasses.node.value=high networkPolicies.create=maybe more=1; do
+  priorityClasses.node.value=high networkPolicies.create=maybe fuse.nodeCache.capacity=much \
+  fuse.nodeCache.freePercent=100 more=1; do
   if render --set "$wrong" > /dev/null 2>"$out/error"; then fail "takes $wrong"; fi
   grep -q "values don't meet the specifications" "$out/error" || fail "$wrong: $(cat "$out/error")"
   refused=$((refused + 1))

@@ -1,12 +1,13 @@
 #!/bin/sh
-# Builds rclone, the client that cold reads are compared with, into target/tools and prints its path. Only what the
-# benchmark needs of it: S3, local files, `copyto`. A binary of the pinned version that is already there is used as it is.
+# Builds rclone into target/tools and prints its path: the client that cold reads are compared with, and the WebDAV
+# server of the tests of http:// sources. Only what these need of it: S3, local files, `copyto`, `serve webdav`. A
+# binary of the pinned version that is already there is used as it is.
 set -eu
 
 version=v1.76.0
 cd "$(dirname "$0")/.."
 tools=$(pwd)/target/tools
-binary=$tools/rclone-$version
+binary=$tools/rclone-$version-webdav
 
 if [ ! -x "$binary" ]; then
     mkdir -p "$tools"
@@ -20,6 +21,7 @@ import (
 	_ "github.com/rclone/rclone/backend/s3"
 	"github.com/rclone/rclone/cmd"
 	_ "github.com/rclone/rclone/cmd/copyto"
+	_ "github.com/rclone/rclone/cmd/serve/webdav"
 	_ "github.com/rclone/rclone/cmd/version"
 )
 

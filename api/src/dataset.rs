@@ -1,6 +1,8 @@
 //! `Dataset`: what is cached, and from where.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use std::time::Duration;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -31,6 +33,13 @@ use crate::{Phase, Quantity, rules};
         description = "Of the bytes that were read, how many were on workers, in percent"
     ),
     printcolumn(
+        name = "Revision",
+        type_ = "string",
+        json_path = ".status.revision",
+        description = "Digest of all files with their versions",
+        priority = 1
+    ),
+    printcolumn(
         name = "Runtime",
         type_ = "string",
         json_path = ".spec.runtimeRef.name",
@@ -49,6 +58,10 @@ pub struct DatasetSpec {
     #[schemars(length(min = 1, max = rules::MAX_SOURCES))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["path".into()]))]
     pub sources: Vec<Source>,
+    /// When changes at the sources are looked for. Besides, each new value of the annotation
+    /// `forebay.io/refreshRequestedAt` of the Dataset has them listed again.
+    #[serde(default)]
+    pub sync: MetadataSync,
     /// What workers keep.
     #[serde(default)]
     pub cache: Cache,
@@ -76,13 +89,15 @@ pub struct Source {
     #[schemars(length(max = rules::MAX_PATH))]
     #[x_kube(validation = Rule::from(rules::PATH))]
     pub path: String,
-    /// The place: `s3://BUCKET/PREFIX/`, or `file:///DIRECTORY` on every machine that runs a worker. Taken as it is
-    /// written, without percent-decoding.
+    /// The place: `s3://BUCKET/PREFIX/`, `file:///DIRECTORY` on every machine that runs a worker, or
+    /// `https://HOST/DIRECTORY/` (or `http://`) of a web server with WebDAV, without credentials. Taken as it is written,
+    /// without percent-decoding.
     #[schemars(length(max = rules::MAX_URI))]
     #[x_kube(
         validation = Rule::from(rules::URI_SCHEME),
         validation = Rule::from(rules::URI_S3),
         validation = Rule::from(rules::URI_FILE),
+        validation = Rule::from(rules::URI_HTTP),
         validation = Rule::from(rules::URI_PLAIN)
     )]
     pub uri: String,
@@ -132,6 +147,42 @@ pub enum Addressing {
     Path,
     /// `https://BUCKET.ENDPOINT/KEY`.
     VirtualHost,
+}
+
+/// When changes at the sources are looked for. A file that is read and turns out to be another version than the one that
+/// is known is corrected at once, whatever the mode.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[x_kube(validation = Rule::from(rules::SYNC_INTERVAL))]
+#[serde(rename_all = "camelCase")]
+pub struct MetadataSync {
+    /// `Snapshot`: what was listed stays as it is until somebody asks for a refresh. `Periodic`: the sources are listed
+    /// again and again; nobody waits for it, and while a source is away what is known is served.
+    #[serde(default)]
+    pub mode: SyncMode,
+    /// How soon what changes at a source is seen, such as `5m`; of `Periodic`. The sources are listed as often as that
+    /// takes; if a listing takes longer than half of it, with pauses as long as a listing.
+    #[schemars(length(max = 32))]
+    #[x_kube(validation = Rule::from(rules::DURATION))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interval: Option<String>,
+}
+
+impl MetadataSync {
+    /// The interval; `None`: the sources are listed when somebody asks for it.
+    pub fn interval(&self) -> Option<Duration> {
+        let interval = self.interval.as_deref().filter(|_| self.mode == SyncMode::Periodic)?;
+        Some(Duration::from_secs(rules::seconds(interval)?.max(1)))
+    }
+}
+
+/// When changes at the sources are looked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum SyncMode {
+    /// When somebody asks for it.
+    #[default]
+    Snapshot,
+    /// All the time.
+    Periodic,
 }
 
 /// What workers keep of a dataset.
@@ -194,6 +245,16 @@ pub struct DatasetStatus {
     /// Where the dataset stands; the conditions say why.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<Phase>,
+    /// Digest of all files with their paths and versions: the same revision is the same data, whenever it was listed, and by
+    /// whom. Absent until they have been counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    /// What changed at the sources before this time is seen. Of sync mode `Periodic`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_sync_time: Option<Time>,
+    /// Value of the annotation `forebay.io/refreshRequestedAt` for which the sources were last listed again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_refresh: Option<String>,
     /// Files in all sources. Absent until they have been counted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub files: Option<u64>,

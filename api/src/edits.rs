@@ -24,6 +24,9 @@ const fn refused(kind: &'static str, field: &'static str) -> Edit {
 
 const RUNTIME: &str = "CacheRuntime";
 const DATASET: &str = "Dataset";
+const POLICY: &str = "PreloadPolicy";
+/// What a change of what a run does, or of its Job, does.
+const NEXT_RUN: &str = "The next run; one that is active goes on as it began.";
 /// What a change of the workers' pods does.
 const REPLACED: &str = "Workers are replaced, one after another; those on an emptyDir begin with empty caches.";
 
@@ -74,6 +77,8 @@ pub const EDITS: &[Edit] = &[
     takes(DATASET, "spec.sources[].s3.endpoint", "Live: the next request to the source goes there."),
     takes(DATASET, "spec.sources[].s3.region", "Live: the next request to the source is signed for it."),
     takes(DATASET, "spec.sources[].s3.addressing", "Live: the next request to the source is written like this."),
+    takes(DATASET, "spec.sync.mode", "Live: the sources are listed again from now on, or no more."),
+    takes(DATASET, "spec.sync.interval", "Live: from the listing that is under way, or was the last, on."),
     takes(
         DATASET,
         "spec.cache.policy",
@@ -85,6 +90,27 @@ pub const EDITS: &[Edit] = &[
         "Live: more is stored, or what is above the new quota is dropped from the workers' disks.",
     ),
     takes(DATASET, "spec.volume.shape", "Where it is mounted from now on; a mount keeps its shape."),
+    refused(POLICY, "spec.datasetRef.name"),
+    takes(
+        POLICY,
+        "spec.triggers[].datasetReady",
+        "Live: a Dataset for which no run was started by it starts one, if it is Ready.",
+    ),
+    takes(POLICY, "spec.triggers[].sourceChanged", "Live: a revision that is not that of the last run starts one."),
+    takes(POLICY, "spec.triggers[].schedule.cron", "Live: the next time is that of the new schedule."),
+    takes(POLICY, "spec.triggers[].schedule.timeZone", "Live: the next time is that of the new zone."),
+    takes(POLICY, "spec.select.path", NEXT_RUN),
+    takes(POLICY, "spec.select.include", NEXT_RUN),
+    takes(POLICY, "spec.select.exclude", NEXT_RUN),
+    takes(POLICY, "spec.select.minSize", NEXT_RUN),
+    takes(POLICY, "spec.select.maxSize", NEXT_RUN),
+    takes(POLICY, "spec.concurrencyPolicy", "Live: the next run that is to start while another one is active."),
+    takes(POLICY, "spec.suspend", "Live: no run starts, or what was due meanwhile does; one that is active goes on."),
+    takes(POLICY, "spec.deadline", NEXT_RUN),
+    takes(POLICY, "spec.backoffLimit", NEXT_RUN),
+    takes(POLICY, "spec.historyLimits.succeeded", "Live: older runs are dropped from the status, with their Jobs."),
+    takes(POLICY, "spec.historyLimits.failed", "Live: older runs are dropped from the status, with their Jobs."),
+    takes(POLICY, "spec.ttlAfterFinished", NEXT_RUN),
 ];
 
 #[cfg(test)]

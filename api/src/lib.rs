@@ -1,9 +1,10 @@
 //! Forebay's Kubernetes API, group `forebay.io`, version `v1alpha1`.
 //!
-//! - [`Dataset`] and [`CacheRuntime`]: the objects as Rust types; their schemas come from these types, and the files in
+//! - [`Dataset`], [`CacheRuntime`] and [`PreloadPolicy`]: the objects as Rust types; their schemas come from these types, and the files in
 //!   `crds/` and `docs/api.md` from the schemas (`cargo run -p forebay-api --example crds -- --write`).
 //! - [`rules`]: every rule that a schema alone cannot say, once in CEL for the API server and once in Rust. Tests run
 //!   both over the same cases.
+//! - [`calendar`]: the times that a schedule names.
 //! - [`edits`]: what an edit of each field does.
 //! - [`manifest`]: YAML files to validated specs, for people who serve Datasets without a cluster.
 //!
@@ -13,11 +14,14 @@
 // `KubeSchema` puts a second type, as public as the first, beside each one.
 #[allow(unreachable_pub)]
 mod cache_runtime;
+pub mod calendar;
 #[allow(unreachable_pub)]
 mod dataset;
 pub mod edits;
 pub mod manifest;
 mod names;
+#[allow(unreachable_pub)]
+mod preload_policy;
 mod quantity;
 pub mod rules;
 mod schema;
@@ -30,10 +34,14 @@ pub use cache_runtime::{
     Watermarks,
 };
 pub use dataset::{
-    Addressing, Cache, Dataset, DatasetSpec, DatasetStatus, Policy, RuntimeRef, S3Options, SecretRef, Source, Volume,
-    VolumeShape,
+    Addressing, Cache, Dataset, DatasetSpec, DatasetStatus, MetadataSync, Policy, RuntimeRef, S3Options, SecretRef,
+    Source, SyncMode, Volume, VolumeShape,
 };
 pub use names::{MAX_OBJECT_NAME, WORKER_HTTP_PORT, WORKER_PORT, object_name, service_address};
+pub use preload_policy::{
+    ConcurrencyPolicy, DatasetReady, DatasetRef, HistoryLimits, PreloadPolicy, PreloadPolicySpec, PreloadPolicyStatus,
+    Run, RunPhase, RunTrigger, Schedule, Select, SourceChanged, Trigger,
+};
 pub use quantity::{Quantity, QuantityError};
 pub use schema::crds;
 pub use status::{MemberState, Phase, WorkerMember, WorkerTable};

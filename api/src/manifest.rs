@@ -1,6 +1,6 @@
 //! Manifest files to validated specs: the same YAML that Kubernetes takes, without a cluster.
 //!
-//! A file holds documents of the kinds Dataset, CacheRuntime and v1 Secret. Each is read into a tree that knows its
+//! A file holds documents of the kinds Dataset, CacheRuntime, PreloadPolicy and v1 Secret. Each is read into a tree that knows its
 //! lines (`node`), checked against the schema of its CRD and the rules of [`crate::rules`] (`structure`), turned into
 //! our types and resolved: a Dataset is joined with its runtime and its credentials (`resolve`).
 //!
@@ -20,11 +20,12 @@ use std::{
     fs::File,
     io::Read,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 pub use error::ManifestError;
 
-use crate::{Addressing, Medium, Policy, VolumeShape};
+use crate::{Addressing, Medium, Policy, PreloadPolicySpec, VolumeShape};
 
 /// Most bytes of one file. A Dataset of 64 sources has some 20 KB.
 pub const MAX_FILE_BYTES: usize = 1 << 20;
@@ -34,12 +35,25 @@ pub const MAX_FILES: usize = 100;
 pub const DEFAULT_NAMESPACE: &str = "default";
 
 /// What a set of files asks for; every name that a Dataset uses is resolved.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Manifest {
     /// The CacheRuntimes, in the order of the files.
     pub runtimes: Vec<ValidatedRuntime>,
     /// The Datasets, in the order of the files.
     pub datasets: Vec<ValidatedDataset>,
+    /// The PreloadPolicies, in the order of the files.
+    pub policies: Vec<ValidatedPolicy>,
+}
+
+/// A PreloadPolicy.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ValidatedPolicy {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name, a DNS label.
+    pub name: String,
+    /// What it asks for, of a Dataset of the manifest in the same namespace.
+    pub spec: PreloadPolicySpec,
 }
 
 /// A CacheRuntime.
@@ -98,6 +112,8 @@ pub struct ValidatedDataset {
     pub quota_bytes: Option<u64>,
     /// What its mount is made for.
     pub shape: VolumeShape,
+    /// How soon what changes at a source is to be seen; `None`: when somebody asks for it.
+    pub sync_interval: Option<Duration>,
 }
 
 /// A source of a dataset.
@@ -105,7 +121,8 @@ pub struct ValidatedDataset {
 pub struct ValidatedSource {
     /// Where it appears: absolute, normal; `/` or `/a/b`.
     pub path: String,
-    /// `s3://BUCKET/PREFIX/` or `file:///DIRECTORY`, not percent-encoded; the last slash may be missing.
+    /// `s3://BUCKET/PREFIX/`, `file:///DIRECTORY`, `http://HOST/DIRECTORY/` or `https://HOST/DIRECTORY/`, not
+    /// percent-encoded; the last slash may be missing.
     pub uri: String,
     /// How to speak to the store; only with `s3://`.
     pub s3: Option<S3>,

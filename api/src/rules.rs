@@ -4,6 +4,11 @@
 //! Invariants: the message is the same on both sides; what CEL refuses the function refuses (which may know more, such
 //! as bytes instead of code points). The tests below and those of `manifest` run both over the same cases.
 
+use crate::{
+    Schedule,
+    calendar::{self, Calendar},
+};
+
 /// A rule in CEL and what it says when it fails; this is what `kube` takes as a `Rule`.
 pub type Rule = (&'static str, &'static str);
 
@@ -39,6 +44,30 @@ pub(crate) const RUNTIME_NAME: Rule = (
     "self.metadata.name.matches('^[a-z][a-z0-9-]*$') && size(self.metadata.name) <= 63",
     "must be a DNS label of at most 63 characters that begins with a letter",
 );
+/// As [`DATASET_NAME`].
+pub(crate) const POLICY_NAME: Rule = DATASET_NAME;
+pub(crate) const DATASET_REF_IMMUTABLE: Rule = ("self == oldSelf", "cannot be changed: make another PreloadPolicy");
+pub(crate) const ONE_TRIGGER: Rule = (
+    "[has(self.datasetReady), has(self.sourceChanged), has(self.schedule)].exists_one(trigger, trigger)",
+    "must have exactly one of datasetReady, sourceChanged and schedule",
+);
+pub(crate) const SYNC_INTERVAL: Rule = (
+    "has(self.interval) == (has(self.mode) && self.mode == 'Periodic')",
+    "interval goes with mode Periodic, and only with it",
+);
+/// Whether the fields name a time is not for CEL to say.
+pub(crate) const CRON: Rule = (
+    "self.matches('^(@(hourly|daily|midnight|weekly|monthly|yearly|annually)|[0-9A-Za-z*,/-]+( +[0-9A-Za-z*,/-]+){4})$')",
+    "must be five fields of cron, such as 0 5 * * 1-5, or @hourly, @daily, @weekly, @monthly or @yearly",
+);
+pub(crate) const TIME_ZONE: Rule = (
+    "self.matches('^[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+){0,2}$')",
+    "must be the name of a time zone, such as Europe/Madrid",
+);
+pub(crate) const DURATION: Rule = (
+    "self.matches('^([0-9]{1,5}h([0-9]{1,5}m)?([0-9]{1,5}s)?|[0-9]{1,5}m([0-9]{1,5}s)?|[0-9]{1,5}s)$')",
+    "must be hours, minutes and seconds, such as 2h, 1h30m or 90s",
+);
 pub(crate) const RUNTIME_REF_IMMUTABLE: Rule =
     ("self == oldSelf", "cannot be changed: its bytes are on the workers of the runtime it was created with");
 /// A component is anything without a slash but `.` and `..`.
@@ -50,8 +79,11 @@ pub(crate) const HOST_PATH: Rule = (
     "self.matches('^(/([.]{0,2}[^/.][^/]*|[.]{3,}[^/]*))+$')",
     "must be an absolute path below '/', without '.', '..', empty components or a '/' at the end",
 );
-pub(crate) const URI_SCHEME: Rule =
-    ("self.startsWith('s3://') || self.startsWith('file://')", "must begin with s3:// or file://");
+pub(crate) const URI_SCHEME: Rule = (
+    "self.startsWith('s3://') || self.startsWith('file://') || self.startsWith('http://') || \
+     self.startsWith('https://')",
+    "must begin with s3://, file://, http:// or https://",
+);
 pub(crate) const URI_S3: Rule = (
     "!self.startsWith('s3://') || \
      self.matches('^s3://[a-zA-Z0-9][a-zA-Z0-9._-]{2,254}(/([.]{0,2}[^/.][^/]*|[.]{3,}[^/]*))*/?$')",
@@ -61,6 +93,13 @@ pub(crate) const URI_S3: Rule = (
 pub(crate) const URI_FILE: Rule = (
     "!self.startsWith('file://') || self.matches('^file://(/([.]{0,2}[^/.][^/]*|[.]{3,}[^/]*))+/?$')",
     "must be file:///DIRECTORY, without a host and without '.', '..' or empty components",
+);
+pub(crate) const URI_HTTP: Rule = (
+    "!(self.startsWith('http://') || self.startsWith('https://')) || \
+     self.matches('^https?://([a-zA-Z0-9._-]+|\\\\[[0-9a-fA-F:.]+\\\\])(:[0-9]{1,5})?\
+     (/([.]{0,2}[^/.][^/]*|[.]{3,}[^/]*))*/?$')",
+    "must be http://HOST/DIRECTORY/ or https://HOST/DIRECTORY/, perhaps with a port, without a user and without '.', \
+     '..' or empty components",
 );
 pub(crate) const URI_PLAIN: Rule = (
     r"!self.matches('[?#%\\\\[:cntrl:]]| $')",
@@ -152,7 +191,7 @@ pub fn is_host_path(path: &str) -> bool {
 
 /// `URI_SCHEME`.
 pub fn is_uri_of_known_scheme(uri: &str) -> bool {
-    uri.starts_with("s3://") || uri.starts_with("file://")
+    ["s3://", "file://", "http://", "https://"].iter().any(|scheme| uri.starts_with(scheme))
 }
 
 /// `URI_S3`: a well-formed `s3://` URI, or one of another scheme.
@@ -177,6 +216,16 @@ pub fn is_file_uri_well_formed(uri: &str) -> bool {
     path.strip_prefix('/').is_some_and(|path| path.split('/').all(is_component))
 }
 
+/// `URI_HTTP`: a well-formed `http://` or `https://` URI, or one of another scheme.
+pub fn is_http_uri_well_formed(uri: &str) -> bool {
+    let Some(rest) = uri.strip_prefix("http://").or_else(|| uri.strip_prefix("https://")) else {
+        return true;
+    };
+    let (server, path) = rest.split_once('/').unwrap_or((rest, ""));
+    let path_ok = path.is_empty() || path.strip_suffix('/').unwrap_or(path).split('/').all(is_component);
+    is_server(server) && path_ok
+}
+
 /// `URI_PLAIN`.
 pub fn is_uri_plain(uri: &str) -> bool {
     !uri.contains(|c: char| "?#%\\".contains(c) || c.is_ascii_control()) && !uri.ends_with(' ')
@@ -187,12 +236,17 @@ pub fn is_endpoint(url: &str) -> bool {
     let Some(rest) = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://")) else {
         return false;
     };
-    let rest = rest.strip_suffix('/').unwrap_or(rest);
-    let (host_ok, port) = if let Some((address, port)) = rest.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+    is_server(rest.strip_suffix('/').unwrap_or(rest))
+}
+
+/// Whether `server` is a host and perhaps a port.
+fn is_server(server: &str) -> bool {
+    let (host_ok, port) = if let Some((address, port)) = server.strip_prefix('[').and_then(|rest| rest.split_once(']'))
+    {
         let in_address = |b: u8| b.is_ascii_hexdigit() || b == b':' || b == b'.';
         (!address.is_empty() && address.bytes().all(in_address), port)
     } else {
-        let (host, port) = rest.split_at(rest.find(':').unwrap_or(rest.len()));
+        let (host, port) = server.split_at(server.find(':').unwrap_or(server.len()));
         let in_host = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
         (!host.is_empty() && host.bytes().all(in_host), port)
     };
@@ -244,6 +298,48 @@ pub fn is_amount(text: &str) -> bool {
     let suffixes = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei", "n", "u", "m", "k", "M", "G", "T", "P", "E"];
     let exponent_ok = exponent.is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()));
     number_ok && (suffixes.contains(&suffix) || exponent_ok)
+}
+
+/// `CRON`, of fields that name a time.
+pub fn is_cron(text: &str) -> bool {
+    let schedule = Schedule { cron: text.to_owned(), time_zone: None };
+    is_cron_well_formed(text) && Calendar::new(&schedule).is_ok()
+}
+
+/// `CRON`.
+fn is_cron_well_formed(text: &str) -> bool {
+    let named = ["@hourly", "@daily", "@midnight", "@weekly", "@monthly", "@yearly", "@annually"];
+    let is_field = |field: &str| field.bytes().all(|b| b.is_ascii_alphanumeric() || b"*,/-".contains(&b));
+    let fields = || text.split(' ').filter(|field| !field.is_empty());
+    named.contains(&text) || (text == text.trim_matches(' ') && fields().count() == 5 && fields().all(is_field))
+}
+
+/// `TIME_ZONE`, of one that is known.
+pub fn is_time_zone(text: &str) -> bool {
+    is_time_zone_well_formed(text) && calendar::zone(text).is_ok()
+}
+
+/// `TIME_ZONE`.
+fn is_time_zone_well_formed(text: &str) -> bool {
+    let is_part =
+        |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"_+-".contains(&b));
+    text.split('/').count() <= 3 && text.split('/').all(is_part)
+}
+
+/// Seconds of a `DURATION`; `None` if it is none.
+pub fn seconds(text: &str) -> Option<u64> {
+    let mut rest = text;
+    let mut sum = 0;
+    for (unit, factor) in [('h', 3600), ('m', 60), ('s', 1)] {
+        if let Some((number, after)) = rest.split_once(unit) {
+            if !(1..=5).contains(&number.len()) || !number.bytes().all(|b| b.is_ascii_digit()) {
+                return None;
+            }
+            sum += number.parse::<u64>().ok()? * factor;
+            rest = after;
+        }
+    }
+    (rest.is_empty() && !text.is_empty()).then_some(sum)
 }
 
 /// `REGION`.
@@ -318,7 +414,7 @@ mod tests {
     }
 
     fn cel_uri(text: &str) -> bool {
-        [URI_SCHEME, URI_S3, URI_FILE, URI_PLAIN].into_iter().all(|rule| cel(rule, text))
+        [URI_SCHEME, URI_S3, URI_FILE, URI_HTTP, URI_PLAIN].into_iter().all(|rule| cel(rule, text))
     }
 
     type Function = fn(&str) -> bool;
@@ -381,6 +477,24 @@ mod tests {
                 &["", ".", "-1", "+1", "1.2.3", "1GB", "1 Gi", "1e", "e3", "m", "1K"],
             ),
             (REGION, is_region, &["us-east-1", "auto"], &["", "US", "a b", "eu_west"]),
+            (
+                CRON,
+                is_cron,
+                &["0 5 * * 1-5", "*/5 * * * *", "@daily", "0  0 1,15 JAN MON", "0 0 L * *"],
+                &["", "@reboot", "* * * *", "0 5 * * * *", " 0 5 * * *", "0 5 * * * ", "0 5 * * $", "@daily x"],
+            ),
+            (
+                TIME_ZONE,
+                is_time_zone,
+                &["UTC", "Europe/Madrid", "America/Argentina/La_Rioja", "Etc/GMT+3"],
+                &["", "/", "Europe/", "/UTC", "a/b/c/d", "Europe Madrid", "../etc"],
+            ),
+            (
+                DURATION,
+                |text| seconds(text).is_some(),
+                &["2h", "90s", "1h30m", "1h30m5s", "5m1s", "0s", "99999h"],
+                &["", "2", "h", "1s1h", "1h1h", "-1h", "1.5h", "1d", "123456s", " 1h", "1h "],
+            ),
         ];
         for (rule, function, good, bad) in cases {
             for text in *good {
@@ -394,11 +508,27 @@ mod tests {
         }
     }
 
+    #[test]
+    fn times_and_zones_that_are_none_are_refused_here_too() {
+        for text in ["60 * * * *", "0 0 30 2 *", "a b c d e"] {
+            assert!(cel(CRON, text) && !is_cron(text), "{text}");
+        }
+        assert!(cel(TIME_ZONE, "Mars/Olympus") && !is_time_zone("Mars/Olympus"));
+    }
+
+    #[test]
+    fn durations_are_sums() {
+        assert_eq!(seconds("1h30m5s"), Some(5405));
+        assert_eq!(seconds("90s"), Some(90));
+        assert_eq!(seconds("2h"), Some(7200));
+    }
+
     fn broken_uri_rule(uri: &str) -> Option<Rule> {
-        let rules: [(Rule, Function); 4] = [
+        let rules: [(Rule, Function); 5] = [
             (URI_SCHEME, is_uri_of_known_scheme),
             (URI_S3, is_s3_uri_well_formed),
             (URI_FILE, is_file_uri_well_formed),
+            (URI_HTTP, is_http_uri_well_formed),
             (URI_PLAIN, is_uri_plain),
         ];
         rules.into_iter().find(|(_, holds)| !holds(uri)).map(|(rule, _)| rule)
@@ -417,6 +547,11 @@ mod tests {
             "file:///data",
             "file:///data/sets/",
             "file:///a b",
+            "http://host",
+            "https://host/",
+            "https://data.example.com:8443/a b/c/",
+            "http://[::1]:8080/a",
+            "http://127.0.0.1/...",
         ] {
             assert_eq!(broken_uri_rule(uri), None, "{uri}");
             assert!(cel_uri(uri), "{uri}");
@@ -444,6 +579,18 @@ mod tests {
             ("file://host/data", URI_FILE),
             ("file:///data/../x", URI_FILE),
             ("file:///data//", URI_FILE),
+            ("http://", URI_HTTP),
+            ("http:///a", URI_HTTP),
+            ("https://me:hidden@host/", URI_HTTP),
+            ("https://host:/", URI_HTTP),
+            ("http://host:123456/", URI_HTTP),
+            ("http://host//", URI_HTTP),
+            ("http://host/a//b", URI_HTTP),
+            ("http://host/a/../b", URI_HTTP),
+            ("http://host/.", URI_HTTP),
+            ("https://ho st/", URI_HTTP),
+            ("http://host/a?b", URI_PLAIN),
+            ("http://host/a%20b", URI_PLAIN),
             ("s3://bucket/a?b", URI_PLAIN),
             ("s3://bucket/a%20b", URI_PLAIN),
             ("file:///a#b", URI_PLAIN),
@@ -483,7 +630,8 @@ mod tests {
         }
 
         #[test]
-        fn generated_uris_are_judged_alike(uri in "(s3://[a.-]{2,4}|file://|gs://)(/([.]{0,3}[a?]{0,2})){0,3}/?") {
+        fn generated_uris_are_judged_alike(
+            uri in "(s3://[a.-]{2,4}|file://|https?://[a.:\\[\\]@]{0,4}|gs://)(/([.]{0,3}[a?]{0,2})){0,3}/?") {
             prop_assert_eq!(broken_uri_rule(&uri).is_none(), cel_uri(&uri), "{}", uri);
         }
 

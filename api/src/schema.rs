@@ -9,11 +9,11 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
 };
 use kube::CustomResourceExt;
 
-use crate::{CacheRuntime, Dataset};
+use crate::{CacheRuntime, Dataset, PreloadPolicy};
 
 /// The CustomResourceDefinitions of the group.
-pub fn crds() -> [CustomResourceDefinition; 2] {
-    let mut crds = [CacheRuntime::crd(), Dataset::crd()];
+pub fn crds() -> [CustomResourceDefinition; 3] {
+    let mut crds = [CacheRuntime::crd(), Dataset::crd(), PreloadPolicy::crd()];
     for version in crds.iter_mut().flat_map(|crd| &mut crd.spec.versions) {
         if let Some(schema) = version.schema.as_mut().and_then(|schema| schema.open_api_v3_schema.as_mut()) {
             conform(schema);

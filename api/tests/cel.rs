@@ -21,11 +21,27 @@ fn dataset() -> Value {
         "metadata": {"name": "imagenet"},
         "spec": {
             "runtimeRef": {"name": "gpu-pool"},
+            "sync": {"mode": "Periodic", "interval": "5m"},
             "sources": [
                 {"path": "/", "uri": "s3://imagenet/", "secretRef": {"name": "reader"},
                     "s3": {"endpoint": "http://127.0.0.1:9000", "region": "eu-west-1", "addressing": "Path"}},
                 {"path": "/labels", "uri": "file:///data/labels"},
             ],
+        },
+    })
+}
+
+fn policy() -> Value {
+    json!({
+        "apiVersion": "forebay.io/v1alpha1",
+        "kind": "PreloadPolicy",
+        "metadata": {"name": "before-work"},
+        "spec": {
+            "datasetRef": {"name": "imagenet"},
+            "triggers": [{"datasetReady": {}}, {"schedule": {"cron": "0 5 * * 1-5", "timeZone": "Europe/Madrid"}}],
+            "select": {"path": "/train", "include": ["train/**"], "maxSize": "1Gi"},
+            "deadline": "2h",
+            "ttlAfterFinished": "1h",
         },
     })
 }
@@ -45,6 +61,7 @@ fn good_objects_pass() {
     assert_eq!(judge(&runtime(), None), [""; 0]);
     assert_eq!(judge(&dataset(), None), [""; 0]);
     assert_eq!(judge(&dataset(), Some(&dataset())), [""; 0]);
+    assert_eq!(judge(&policy(), None), [""; 0]);
 }
 
 #[test]
@@ -59,16 +76,35 @@ fn each_rule_of_an_object_refuses() {
         (dataset(), "/spec/sources/0/uri".into(), json!("s3://x"), "must be s3://BUCKET"),
         (dataset(), "/spec/sources/1/uri".into(), json!("file://x"), "must be file:///"),
         (dataset(), "/spec/sources/1/uri".into(), json!("gs://bucket"), "must begin with"),
+        (dataset(), "/spec/sources/1/uri".into(), json!("http://me:hush@host/"), "must be http://HOST"),
         (dataset(), "/spec/sources/1/uri".into(), json!("file:///a?b"), "must not hold"),
         (dataset(), "/spec/sources/0/s3/endpoint".into(), json!("127.0.0.1"), "must be http://"),
         (dataset(), "/spec/sources/0/s3/region".into(), json!("EU"), "must be up to 64"),
         (dataset(), "/spec/sources/1".into(), json!({"path": "/l", "uri": "file:///l", "s3": {}}), "s3 belongs to"),
+        (dataset(), "/spec/sources/1".into(), json!({"path": "/l", "uri": "http://h/", "s3": {}}), "s3 belongs to"),
         (
             dataset(),
             "/spec/sources/1".into(),
             json!({"path": "/l", "uri": "file:///l", "secretRef": {"name": "a"}}),
             "secretRef belongs to",
         ),
+        (policy(), "/metadata/name".into(), json!("a.b"), "must be a DNS label"),
+        (policy(), "/spec/datasetRef/name".into(), json!("a.b"), "must be a DNS label"),
+        (policy(), "/spec/triggers/0".into(), json!({}), "exactly one of datasetReady"),
+        (
+            policy(),
+            "/spec/triggers/0".into(),
+            json!({"datasetReady": {}, "sourceChanged": {}}),
+            "exactly one of datasetReady",
+        ),
+        (policy(), "/spec/triggers/1/schedule/cron".into(), json!("* * * *"), "five fields"),
+        (policy(), "/spec/triggers/1/schedule/timeZone".into(), json!("Europe Madrid"), "name of a time zone"),
+        (policy(), "/spec/select/path".into(), json!("train"), "must be an absolute path"),
+        (policy(), "/spec/deadline".into(), json!("2 hours"), "must be hours"),
+        (policy(), "/spec/ttlAfterFinished".into(), json!("1d"), "must be hours"),
+        (dataset(), "/spec/sync".into(), json!({"mode": "Periodic"}), "interval goes with mode Periodic"),
+        (dataset(), "/spec/sync".into(), json!({"interval": "5m"}), "interval goes with mode Periodic"),
+        (dataset(), "/spec/sync".into(), json!({"mode": "Periodic", "interval": "often"}), "must be hours"),
         (runtime(), "/metadata/name".into(), json!("a".repeat(64)), "at most 63"),
         (runtime(), "/metadata/name".into(), json!("0a"), "begins with a letter"),
         (runtime(), tier("/name"), json!("A"), "must be a DNS label"),
@@ -95,12 +131,19 @@ fn each_rule_of_an_object_refuses() {
 }
 
 #[test]
-fn the_runtime_of_a_dataset_cannot_be_changed() {
+fn what_an_object_is_about_cannot_be_changed() {
+    let mut changed = dataset();
+    changed["spec"]["sync"] = json!({});
+    assert_eq!(judge(&changed, Some(&dataset())), [""; 0]);
     let mut changed = dataset();
     changed["spec"]["runtimeRef"]["name"] = json!("other");
     let messages = judge(&changed, Some(&dataset()));
     assert_eq!(messages.len(), 1, "{messages:?}");
     assert!(messages[0].contains("cannot be changed"));
+    let mut changed = policy();
+    changed["spec"]["datasetRef"]["name"] = json!("other");
+    let messages = judge(&changed, Some(&policy()));
+    assert!(messages.len() == 1 && messages[0].contains("cannot be changed"), "{messages:?}");
     let mut changed = dataset();
     changed["spec"]["sources"][1]["path"] = json!("/other");
     assert_eq!(judge(&changed, Some(&dataset())), [""; 0]);

@@ -7,8 +7,8 @@ use std::{
 };
 
 use forebay_api::{
-    Addressing, Medium, Policy,
-    manifest::{self, Credentials, Manifest, ManifestError, S3, TierVolume},
+    Addressing, ConcurrencyPolicy, Medium, Policy,
+    manifest::{self, Credentials, Manifest, ManifestError, S3, TierVolume, ValidatedPolicy},
 };
 
 /// Three documents that are right; each case of the table below spoils one line of it.
@@ -77,7 +77,8 @@ fn marked(text: &str) -> usize {
 
 #[test]
 fn a_good_manifest_is_resolved() {
-    let Manifest { runtimes, datasets } = good();
+    let Manifest { runtimes, datasets, policies } = good();
+    assert!(policies.is_empty());
     assert_eq!(runtimes.len(), 1);
     let runtime = &runtimes[0];
     assert_eq!((runtime.namespace.as_str(), runtime.name.as_str(), runtime.replicas), ("vision", "gpu-pool", 3));
@@ -109,6 +110,75 @@ fn a_good_manifest_is_resolved() {
     assert_eq!((&labels.s3, &labels.credentials), (&None, &None));
 }
 
+/// What loads the Dataset of [`GOOD`]; each case spoils one line of it.
+const POLICY: &str = "\
+---
+apiVersion: forebay.io/v1alpha1
+kind: PreloadPolicy
+metadata: {name: before-work, namespace: vision}
+spec:
+  datasetRef: {name: imagenet}
+  triggers:
+  - datasetReady: {}
+  - schedule: {cron: 0 5 * * 1-5, timeZone: Europe/Madrid}
+  select: {include: ['train/**'], maxSize: 1Gi}
+  deadline: 2h
+";
+
+#[test]
+fn a_policy_is_resolved_with_its_dataset() {
+    let Manifest { policies, .. } = manifest::parse("m.yaml", &format!("{GOOD}{POLICY}")).unwrap();
+    let [ValidatedPolicy { namespace, name, spec }] = policies.as_slice() else { panic!("one policy") };
+    assert_eq!(
+        (namespace.as_str(), name.as_str(), spec.dataset_ref.name.as_str()),
+        ("vision", "before-work", "imagenet")
+    );
+    assert_eq!((spec.select.path.as_str(), spec.select.include.as_slice()), ("/", ["train/**".to_owned()].as_slice()));
+    assert_eq!((spec.triggers.len(), spec.backoff_limit, spec.ttl_after_finished.as_str()), (2, 3, "1h"));
+    assert_eq!((spec.concurrency_policy, spec.suspend), (ConcurrencyPolicy::Forbid, false));
+}
+
+#[test]
+fn bad_policies_are_refused_with_place_and_remedy() {
+    for (from, to, field, message, remedy) in [
+        (
+            "datasetRef: {name: imagenet}",
+            "datasetRef: {name: x} # <-",
+            "spec.datasetRef.name",
+            "no Dataset 'x'",
+            "imagenet",
+        ),
+        (
+            "- datasetReady: {}",
+            "- {sourceChanged: {}, datasetReady: {}}",
+            "spec.triggers[0]",
+            "exactly one of",
+            "sourceChanged: {}",
+        ),
+        ("- datasetReady: {}", "- {} # <-", "spec.triggers[0]", "exactly one of datasetReady", "schedule: {cron"),
+        ("cron: 0 5 * * 1-5", "cron: 0 5 * *", "spec.triggers[1].schedule.cron", "five fields", "@daily"),
+        (
+            "timeZone: Europe/Madrid",
+            "timeZone: over there",
+            "spec.triggers[1].schedule.timeZone",
+            "time zone",
+            "Europe/Madrid",
+        ),
+        ("['train/**']", "['']", "spec.select.include[0]", "is empty", "remove it"),
+        ("maxSize: 1Gi", "maxSize: lots", "spec.select.maxSize", "no amount of bytes", "2Ti"),
+        ("deadline: 2h", "deadline: 2 hours", "spec.deadline", "must be hours", "90s"),
+        ("deadline: 2h", "concurrencyPolicy: Allow", "spec.concurrencyPolicy", "'Allow'", "Forbid, Replace"),
+        ("deadline: 2h", "backoffLimit: 1000", "spec.backoffLimit", "out of range", "0 to 100"),
+    ] {
+        let bad = POLICY.replacen(from, to, 1);
+        assert_ne!(bad, POLICY, "{field}: nothing was spoiled");
+        let errors = manifest::parse("bad.yaml", &format!("{GOOD}{bad}")).expect_err(field);
+        assert_eq!(errors.len(), 1, "{errors:#?}");
+        let error = &errors[0];
+        assert!(error.field == field && error.message.contains(message) && error.remedy.contains(remedy), "{error:#?}");
+    }
+}
+
 #[test]
 fn secrets_are_not_shown() {
     let shown = format!("{:?}", good());
@@ -132,7 +202,7 @@ metadata: {name: r}
 spec:
   tiers: [{name: t, medium: HDD, capacity: 1073741824, volume: {emptyDir: {}}}]
 ";
-    let Manifest { runtimes, datasets } = manifest::parse("m.yaml", text).unwrap();
+    let Manifest { runtimes, datasets, .. } = manifest::parse("m.yaml", text).unwrap();
     assert_eq!((runtimes[0].namespace.as_str(), runtimes[0].replicas), ("default", 1));
     assert_eq!((runtimes[0].tier.high_percent, runtimes[0].tier.low_percent), (95, 85));
     assert_eq!((runtimes[0].tier.capacity_bytes, &runtimes[0].tier.volume), (1 << 30, &TierVolume::EmptyDir));
@@ -212,7 +282,7 @@ const BAD: &[Case] = &[
     Case("unknown metadata", "name: imagenet", "name: imagenet\n  label: {a: b} # <-", 3, "metadata.label", "no field", "write labels"),
     Case("defined twice", "kind: Dataset", "kind: CacheRuntime\nmetadata: {name: gpu-pool, namespace: vision} # <-\nspec: {tiers: [{name: t, medium: SSD, capacity: 1Gi, volume: {emptyDir: {}}}]}\n---\napiVersion: forebay.io/v1alpha1\nkind: Dataset", 3, "metadata.name", "defined before, at bad.yaml:6", "another name"),
     // Fields.
-    Case("unknown field", "  cache:", "  colour: red # <-\n  cache:", 3, "spec.colour", "no field", "the fields here are cache, runtimeRef, sources"),
+    Case("unknown field", "  cache:", "  colour: red # <-\n  cache:", 3, "spec.colour", "no field", "the fields here are cache, runtimeRef, sources, sync"),
     Case("field misspelt", "    uri: s3://imagenet/2012/", "    uri: s3://imagenet/2012/\n    url: s3://x # <-", 3, "spec.sources[0].url", "no field", "write uri"),
     Case("field of the future", "    policy: Hold", "    policy: Hold\n    ttl: 72h # <-", 3, "spec.cache.ttl", "no field", "policy, quota"),
     Case("field at the top", "kind: Dataset", "kind: Dataset\nsources: [] # <-", 3, "sources", "no field", "apiVersion, kind, metadata, spec, status"),
@@ -261,7 +331,10 @@ const BAD: &[Case] = &[
     Case("path with a slash at the end", "path: /labels", "path: /labels/ # <-", 3, "spec.sources[1].path", "absolute path", "/a/b"),
     Case("path with dots", "path: /labels", "path: /a/../b # <-", 3, "spec.sources[1].path", "'..'", "/a/b"),
     Case("path with an empty part", "path: /labels", "path: //labels # <-", 3, "spec.sources[1].path", "empty", "/a/b"),
-    Case("store not supported", "uri: s3://imagenet/2012/", "uri: hdfs://namenode:8020/labels # <-", 3, "spec.sources[0].uri", "must begin with s3:// or file://", "not supported yet"),
+    Case("store not supported", "uri: s3://imagenet/2012/", "uri: hdfs://namenode:8020/labels # <-", 3, "spec.sources[0].uri", "must begin with s3://, file://, http:// or https://", "not supported yet"),
+    Case("credentials in the uri of a web server", "uri: file:///data/labels", "uri: https://me:hidden@host/labels # <-", 3, "spec.sources[1].uri", "the value must be http://HOST", "not supported"),
+    Case("secret of a web server", "uri: file:///data/labels", "uri: https://host/labels\n    secretRef: {name: reader} # <-", 3, "spec.sources[1].secretRef", "s3://", "remove secretRef"),
+    Case("s3 options of a web server", "uri: file:///data/labels", "uri: http://host/labels\n    s3: {region: auto} # <-", 3, "spec.sources[1].s3", "s3://", "remove s3"),
     Case("bucket invalid", "uri: s3://imagenet/2012/", "uri: s3://image+net/2012/ # <-", 3, "spec.sources[0].uri", "bucket", "s3://my-bucket/train/"),
     Case("credentials in the uri", "uri: s3://imagenet/2012/", "uri: s3://AKIA:hidden@imagenet/ # <-", 3, "spec.sources[0].uri", "the value must be s3://", "Secret"),
     Case("query in the uri", "uri: s3://imagenet/2012/", "uri: s3://imagenet/?versions # <-", 3, "spec.sources[0].uri", "'?'", "without these"),
@@ -272,6 +345,9 @@ const BAD: &[Case] = &[
     Case("endpoint with a password", "endpoint: https://s3.example.com", "endpoint: https://me:hidden@s3.example.com # <-", 3, "spec.sources[0].s3.endpoint", "the value must be", "Secret"),
     Case("region invalid", "region: eu-west-1", "region: EU West # <-", 3, "spec.sources[0].s3.region", "'EU West'", "us-east-1"),
     Case("no sources", "  cache:", "---\napiVersion: forebay.io/v1alpha1\nkind: Dataset\nmetadata: {name: other, namespace: vision}\nspec:\n  runtimeRef: {name: gpu-pool}\n  sources: [] # <-\n  cache:", 4, "spec.sources", "no items", "at least one"),
+    // Synchronisation.
+    Case("periodic without an interval", "  cache:", "  sync: {mode: Periodic} # <-\n  cache:", 3, "spec.sync.interval", "goes with mode Periodic", "interval: 5m"),
+    Case("an interval of a snapshot", "  cache:", "  sync: {interval: 5m} # <-\n  cache:", 3, "spec.sync.interval", "goes with mode Periodic", "mode: Snapshot"),
     // References.
     Case("runtime unknown", "  runtimeRef:\n    name: gpu-pool", "  runtimeRef:\n    name: gpu-pol # <-", 3, "spec.runtimeRef.name", "no CacheRuntime 'gpu-pol' in namespace 'vision'", "or use gpu-pool"),
     Case("runtime elsewhere", "  name: gpu-pool\n  namespace: vision\n", "  name: gpu-pool\n  namespace: other\n", 3, "spec.runtimeRef.name", "no CacheRuntime", "is in namespace 'other'"),

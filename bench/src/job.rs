@@ -1,6 +1,8 @@
 //! Work that is measured, each piece in a process of its own: what it costs is not mixed with the cost of this program
 //! and of the store in it, and it ends when it is killed, whatever it is doing.
 
+mod direct;
+mod latency;
 mod read;
 mod transport;
 
@@ -53,6 +55,11 @@ pub enum Work {
     Files { root: PathBuf, set: Set, first: u64, step: u64, threads: u64, verify: bool },
     /// Lists all directories, and asks for the attributes of every entry.
     Walk { root: PathBuf, set: Set },
+    /// Opens, reads past the page cache and closes files of a set at random, and lists its directories beside that, for
+    /// so long: how long that takes each time is told.
+    Latencies { root: PathBuf, set: Set, readers: u64, lasting: Duration },
+    /// Reads from all of these files at the same time, whatever becomes of it.
+    Await { files: Vec<PathBuf> },
     /// Opens every file of a set, and reads from all of them at the same time, past the page cache.
     AtOnce { root: PathBuf, set: Set },
     /// Reads a file from a worker with the client library. `state` is that of `forebay up`.
@@ -79,6 +86,17 @@ pub struct Done {
     pub seconds: f64,
     /// CPU of the process meanwhile, in seconds.
     pub cpu: f64,
+    /// Where they were asked for.
+    pub latencies: Option<Latencies>,
+}
+
+/// The 99th percentiles of what was done many times, in seconds.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Latencies {
+    /// Of a file: to open it, read it and close it.
+    pub reads: f64,
+    /// Of a directory: to list it.
+    pub lists: f64,
 }
 
 /// Work under way; it is killed when this is dropped.
@@ -165,6 +183,16 @@ impl Work {
                 read::files(&root, &set, (first..set.files).step_by(step as usize).collect(), threads, verify)
             }
             Self::Walk { root, set } => timed(|| read::walk(&root, &set)),
+            Self::Latencies { root, set, readers, lasting } => {
+                let mut found = None;
+                let done = timed(|| {
+                    let (bytes, files, latencies) = latency::measure(&root, &set, readers, lasting)?;
+                    found = Some(latencies);
+                    Ok((bytes, files))
+                })?;
+                Ok(Done { latencies: found, ..done })
+            }
+            Self::Await { files } => timed(|| Ok((0, latency::wait(&files)))),
             Self::AtOnce { root, set } => timed(|| read::at_once(&root, &set)),
             Self::Client { state, file } => transport::client(&state, &file),
             Self::Sendfile { file } => transport::sendfile(&file),
@@ -177,7 +205,8 @@ fn timed(work: impl FnOnce() -> anyhow::Result<(u64, u64)>) -> anyhow::Result<Do
     let cpu = process_cpu();
     let started = Instant::now();
     let (bytes, files) = work()?;
-    Ok(Done { bytes, files, seconds: started.elapsed().as_secs_f64(), cpu: process_cpu() - cpu })
+    let seconds = started.elapsed().as_secs_f64();
+    Ok(Done { bytes, files, seconds, cpu: process_cpu() - cpu, latencies: None })
 }
 
 fn process_cpu() -> f64 {

@@ -12,6 +12,8 @@ use crate::{
 
 /// Rounds of each comparison; the median counts.
 pub const ROUNDS: u32 = 3;
+/// Of those that take a moment only.
+const SHORT_ROUNDS: u32 = 9;
 
 /// Pairs of passes, each pair made one right after the other.
 #[derive(Debug, Default)]
@@ -32,10 +34,20 @@ impl Rounds {
         bench: &Bench,
         name: &str,
         direct: impl AsyncFn() -> anyhow::Result<Pass>,
+        mounted: impl AsyncFnMut() -> anyhow::Result<Pass>,
+    ) -> anyhow::Result<Self> {
+        Self::of_rounds(ROUNDS, bench, name, direct, mounted).await
+    }
+
+    async fn of_rounds(
+        count: u32,
+        bench: &Bench,
+        name: &str,
+        direct: impl AsyncFn() -> anyhow::Result<Pass>,
         mut mounted: impl AsyncFnMut() -> anyhow::Result<Pass>,
     ) -> anyhow::Result<Self> {
         let mut rounds = Self::default();
-        for round in 1..=ROUNDS {
+        for round in 1..=count {
             let direct = direct().await?;
             let mounted = mounted().await?;
             bench.say(format_args!(
@@ -65,7 +77,8 @@ impl Rounds {
         mounted: &Work,
     ) -> anyhow::Result<Self> {
         let cpu = Some(bench.cpu);
-        Self::run(
+        Self::of_rounds(
+            SHORT_ROUNDS,
             bench,
             name,
             async || served::direct(vec![direct.clone()], cpu).await,

@@ -4,8 +4,10 @@ mod at_once;
 mod cold;
 mod index;
 mod large;
+mod preload;
 mod shape;
 mod small;
+mod stalled;
 mod transport;
 mod walk;
 
@@ -27,18 +29,32 @@ pub enum Group {
     Shape,
     /// From a store that is far away.
     Cold,
+    /// Loaded before it is read.
+    Preload,
     /// From a worker to a client.
     Transport,
     /// What a worker keeps of each file.
     Index,
     /// Many reads at the same time.
     AtOnce,
+    /// While a source stalls.
+    Stalled,
 }
 
 impl Group {
     /// In the order in which they are measured.
-    pub const ALL: [Self; 8] =
-        [Self::Large, Self::Small, Self::Walk, Self::Shape, Self::Cold, Self::Transport, Self::Index, Self::AtOnce];
+    pub const ALL: [Self; 10] = [
+        Self::Large,
+        Self::Small,
+        Self::Walk,
+        Self::Shape,
+        Self::Cold,
+        Self::Preload,
+        Self::Transport,
+        Self::Index,
+        Self::AtOnce,
+        Self::Stalled,
+    ];
 
     /// What is claimed of it.
     pub fn claims(self) -> &'static [Claim] {
@@ -48,9 +64,11 @@ impl Group {
             Self::Walk => &walk::CLAIMS,
             Self::Shape => &shape::CLAIMS,
             Self::Cold => &cold::CLAIMS,
+            Self::Preload => &preload::CLAIMS,
             Self::Transport => &transport::CLAIMS,
             Self::Index => &index::CLAIMS,
             Self::AtOnce => &at_once::CLAIMS,
+            Self::Stalled => &stalled::CLAIMS,
         }
     }
 
@@ -62,9 +80,11 @@ impl Group {
             Self::Walk => walk::run(bench, report).await,
             Self::Shape => shape::run(bench, report).await,
             Self::Cold => cold::run(bench, report).await,
+            Self::Preload => preload::run(bench, report).await,
             Self::Transport => transport::run(bench, report).await,
             Self::Index => index::run(bench, report).await,
             Self::AtOnce => at_once::run(bench, report).await,
+            Self::Stalled => stalled::run(bench, report).await,
         }
     }
 }

@@ -29,6 +29,8 @@ const DEFINITION: &str = include_str!("../../crds/datasets.forebay.io.yaml");
 const COUNTED: Duration = Duration::from_millis(150);
 /// How long a Dataset may take until its files are counted.
 const SCANNED: Duration = Duration::from_secs(60);
+/// How long a file may take until it is in the node cache.
+const KEPT: Duration = Duration::from_secs(120);
 
 /// What is served, and how.
 pub struct Setup<'a> {
@@ -42,11 +44,23 @@ pub struct Setup<'a> {
     pub memory: u64,
     /// What the mount is made for: `Small`, `Large` or `Auto`.
     pub shape: &'static str,
+    /// Whether files are kept on this node.
+    pub node_cache: bool,
+    /// Requests in a second that each worker may send to the source.
+    pub requests_per_second: Option<u32>,
 }
 
 impl Default for Setup<'_> {
     fn default() -> Self {
-        Self { store: None, workers: 2, capacity: 64 << 30, memory: 128, shape: "Auto" }
+        Self {
+            store: None,
+            workers: 2,
+            capacity: 64 << 30,
+            memory: 128,
+            shape: "Auto",
+            node_cache: true,
+            requests_per_second: None,
+        }
     }
 }
 
@@ -62,7 +76,7 @@ pub struct Served {
     instance: Instance,
     program: PathBuf,
     dir: PathBuf,
-    memory: String,
+    arguments: Vec<String>,
 }
 
 /// A pass over files: what readers did, and what it cost the others.
@@ -116,17 +130,25 @@ impl Served {
     /// Starts an instance in `dir`.
     pub async fn start(bench: &Bench, dir: &Path, setup: Setup<'_>) -> anyhow::Result<Self> {
         std::fs::write(dir.join("data.yaml"), manifest(dir, &setup)?)?;
-        let memory = setup.memory.to_string();
-        let instance = start(&bench.forebay, dir, &memory).await?;
-        Ok(Self { instance, program: bench.forebay.clone(), dir: dir.to_owned(), memory })
+        let mut arguments = vec!["--memory".to_owned(), setup.memory.to_string()];
+        if !setup.node_cache {
+            arguments.extend(["--node-cache", "0"].map(str::to_owned));
+        }
+        if let Some(limit) = setup.requests_per_second {
+            arguments.extend(["--source-requests-per-second".to_owned(), limit.to_string()]);
+        }
+        let instance = start(&bench.forebay, dir, &arguments).await?;
+        Ok(Self { instance, program: bench.forebay.clone(), dir: dir.to_owned(), arguments })
     }
 
-    /// Stops it and starts it again: workers keep what they hold, the mount is a new one.
+    /// Stops it and starts it again: workers keep what they hold, the mount is a new one, the node cache is empty.
     pub async fn restart(self) -> anyhow::Result<Self> {
-        let Self { instance, program, dir, memory } = self;
+        let Self { instance, program, dir, arguments } = self;
+        let node_cache = instance.state().join("node-cache");
         instance.stop().await?;
-        let instance = start(&program, &dir, &memory).await?;
-        Ok(Self { instance, program, dir, memory })
+        std::fs::remove_dir_all(&node_cache).with_context(|| format!("removing {}", node_cache.display()))?;
+        let instance = start(&program, &dir, &arguments).await?;
+        Ok(Self { instance, program, dir, arguments })
     }
 
     /// Stops it; nothing may be left of it.
@@ -151,8 +173,16 @@ impl Served {
 
     /// Has the workers fetch everything, and count the files, so that nothing goes on in the background.
     pub async fn load(&self) -> anyhow::Result<()> {
-        self.instance.command(&["load", NAME]).await?;
-        self.scanned().await
+        self.load_below("/").await.map(drop)
+    }
+
+    /// The same for what is below a path; the seconds that the command took.
+    pub async fn load_below(&self, path: &str) -> anyhow::Result<f64> {
+        let began = Instant::now();
+        self.instance.command(&["load", NAME, path]).await?;
+        let seconds = began.elapsed().as_secs_f64();
+        self.scanned().await?;
+        Ok(seconds)
     }
 
     /// Waits until the workers have counted the files, and until everything is on disk that can be.
@@ -166,6 +196,16 @@ impl Served {
             ensure!(Instant::now() < deadline, "the files were not counted: {}", status["datasets"][0]["scan"]);
             sleep(Duration::from_millis(200)).await;
         }
+    }
+
+    /// Waits until so many files, which were read, are complete in the node cache.
+    pub async fn kept(&self, files: usize) -> anyhow::Result<()> {
+        let deadline = Instant::now() + KEPT;
+        while self.instance.kept()? < files {
+            ensure!(Instant::now() < deadline, "not in the node cache within {KEPT:?}");
+            sleep(Duration::from_millis(100)).await;
+        }
+        measure::settle().await
     }
 
     /// A pass through the mount, by as many readers as there are works. With `cpu` readers and servers share it.
@@ -187,8 +227,9 @@ impl Served {
     }
 }
 
-async fn start(program: &Path, dir: &Path, memory: &str) -> anyhow::Result<Instance> {
-    Instance::start(program, &dir.join("data.yaml"), dir, &["--memory", memory]).await
+async fn start(program: &Path, dir: &Path, arguments: &[String]) -> anyhow::Result<Instance> {
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    Instance::start(program, &dir.join("data.yaml"), dir, &arguments).await
 }
 
 fn manifest(dir: &Path, setup: &Setup<'_>) -> anyhow::Result<String> {

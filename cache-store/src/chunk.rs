@@ -15,12 +15,14 @@
 
 use std::fmt;
 use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use forebay_protocol::{BLOCK_SIZE, ChunkKey, DatasetId, DatasetPath, FileVersion, block_checksum};
 use parking_lot::Mutex;
+use rustix::io::{ReadWriteFlags, preadv2, pwritev};
 
 use crate::blocks::BlockSet;
 use crate::catalog::{Entry, Name, PINNED, TRUSTED, Tick};
@@ -43,6 +45,9 @@ pub struct ChunkSpec {
     pub key: ChunkKey,
 }
 
+/// Slices of one write: as many as the kernel takes (IOV_MAX).
+const MAX_SLICES: usize = 1024;
+
 /// Valid blocks in their file, for `sendfile`. Stays readable whatever happens to the chunk.
 #[derive(Clone, Debug)]
 pub struct Extent {
@@ -54,6 +59,23 @@ pub struct Extent {
     pub len: u64,
     /// One per block.
     pub checksums: Vec<u32>,
+}
+
+impl Extent {
+    /// The bytes, as they are in the file.
+    pub fn read(&self) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; self.len as usize];
+        self.file.read_exact_at(&mut bytes, self.offset)?;
+        Ok(bytes)
+    }
+
+    /// The bytes, if all of them are in the kernel's memory: this does not wait for a disk.
+    pub fn read_at_hand(&self) -> Option<Vec<u8>> {
+        let mut bytes = vec![0; self.len as usize];
+        let room = &mut [IoSliceMut::new(&mut bytes)];
+        let read = preadv2(&self.file, room, self.offset, ReadWriteFlags::NOWAIT).ok()?;
+        (read as u64 == self.len).then_some(bytes)
+    }
 }
 
 /// An open chunk. Cheap to share; see the module for what it promises.
@@ -90,6 +112,13 @@ struct Body {
     file: Arc<File>,
     /// Of the entry that accounts for this file.
     order: Tick,
+}
+
+/// Blocks of a file that were written by another process and not yet verified in this one.
+struct Suspect {
+    file: Arc<File>,
+    epoch: u32,
+    blocks: BlockSet,
 }
 
 /// Blocks that one call of [`Chunk::write`] has for itself.
@@ -193,14 +222,25 @@ impl Chunk {
     ///
     /// An error stores nothing and harms nothing: the bytes can be sent on without.
     pub fn write(&self, first: u32, bytes: &[u8], checksums: &[u32]) -> Result<(), WriteError> {
-        let count = self.whole_blocks(first, bytes.len())?;
+        let blocks: Vec<&[u8]> = bytes.chunks(BLOCK_SIZE as usize).collect();
+        self.write_blocks(first, &blocks, checksums)
+    }
+
+    /// The same of bytes that are not in one piece: one slice a block.
+    pub fn write_blocks(&self, first: u32, blocks: &[&[u8]], checksums: &[u32]) -> Result<(), WriteError> {
+        let len: usize = blocks.iter().map(|block| block.len()).sum();
+        let count = self.whole_blocks(first, len)?;
+        let whole = blocks.iter().rev().skip(1).all(|block| block.len() as u64 == BLOCK_SIZE);
+        if !whole || blocks.len() != count as usize {
+            return Err(WriteError::Shape("length"));
+        }
         if !checksums.is_empty() && checksums.len() != count as usize {
             return Err(WriteError::Shape("number of checksums"));
         }
         let _entered = self.shared.enter()?;
-        self.ensure_body(bytes.len() as u64)?;
+        self.ensure_body(len as u64)?;
         let Some(claim) = self.claim(first, count)? else { return Ok(()) };
-        let result = self.store(&claim, first, bytes, checksums);
+        let result = self.store(&claim, first, blocks, checksums);
         if result.is_err() {
             let mut state = self.state.lock();
             if state.epoch == claim.epoch {
@@ -212,33 +252,44 @@ impl Chunk {
 
     /// The blocks in their file, when all of them are valid. What a former process wrote is verified first, once.
     pub fn send(&self, first: u32, count: u32) -> Option<Extent> {
-        if count == 0 {
-            return None;
-        }
         // The second round finds what the first one verified.
         for _ in 0..2 {
-            let (body, epoch, suspect) = {
-                let state = self.state.lock();
-                let body = state.body.as_ref()?;
-                if !state.valid.contains_run(first, count) {
-                    return None;
+            match self.at_hand(first, count)? {
+                Ok(extent) => return Some(extent),
+                Err(Suspect { file, epoch, blocks }) => {
+                    if !self.verify(&file, epoch, &blocks) {
+                        return None;
+                    }
                 }
-                let suspect = state.suspect.within(first, count);
-                if suspect.is_empty() {
-                    let checksums = state.checksums[first as usize..(first + count) as usize].to_vec();
-                    let file = Arc::clone(&body.file);
-                    drop(state);
-                    self.touch();
-                    let offset = u64::from(first) * BLOCK_SIZE;
-                    return Some(Extent { file, offset, len: self.bytes_of(first, count), checksums });
-                }
-                (body.clone(), state.epoch, suspect)
-            };
-            if !self.verify(&body.file, epoch, &suspect) {
-                return None;
             }
         }
         None
+    }
+
+    /// The same without a look at the disk: only what was written or verified in this process.
+    pub fn send_trusted(&self, first: u32, count: u32) -> Option<Extent> {
+        self.at_hand(first, count)?.ok()
+    }
+
+    /// The blocks in their file, or which of them must be verified first. `None` unless all are valid.
+    fn at_hand(&self, first: u32, count: u32) -> Option<Result<Extent, Suspect>> {
+        if count == 0 {
+            return None;
+        }
+        let state = self.state.lock();
+        let file = Arc::clone(&state.body.as_ref()?.file);
+        if !state.valid.contains_run(first, count) {
+            return None;
+        }
+        let blocks = state.suspect.within(first, count);
+        if !blocks.is_empty() {
+            return Some(Err(Suspect { file, epoch: state.epoch, blocks }));
+        }
+        let checksums = state.checksums[first as usize..(first + count) as usize].to_vec();
+        drop(state);
+        self.touch();
+        let offset = u64::from(first) * BLOCK_SIZE;
+        Some(Ok(Extent { file, offset, len: self.bytes_of(first, count), checksums }))
     }
 
     /// Reads the blocks into `buf` (replacing what it held) and checks every one. On an error `buf` is empty, and what
@@ -395,17 +446,16 @@ impl Chunk {
     }
 
     /// Reserves, writes, and makes valid what was claimed; a failure takes the reservation back.
-    fn store(&self, claim: &Claim, first: u32, bytes: &[u8], checksums: &[u32]) -> Result<(), WriteError> {
+    fn store(&self, claim: &Claim, first: u32, blocks: &[&[u8]], checksums: &[u32]) -> Result<(), WriteError> {
         self.shared.grow(self.slot, self.name, claim.body.order, claim.bytes)?;
         let computed: Vec<u32>;
         let checksums = if checksums.is_empty() {
-            let blocks = bytes.chunks(BLOCK_SIZE as usize).zip(first..);
-            computed = blocks.map(|(bytes, block)| self.checksum(block, bytes)).collect();
+            computed = blocks.iter().zip(first..).map(|(bytes, block)| self.checksum(block, bytes)).collect();
             &computed
         } else {
             checksums
         };
-        let stored = self.write_claimed(claim, first, bytes, checksums);
+        let stored = self.write_claimed(claim, first, blocks, checksums);
         let result = match stored {
             Ok(true) => {
                 self.touch();
@@ -419,13 +469,12 @@ impl Chunk {
     }
 
     /// `false` when the file was replaced or lost its name meanwhile.
-    fn write_claimed(&self, claim: &Claim, first: u32, bytes: &[u8], checksums: &[u32]) -> std::io::Result<bool> {
+    fn write_claimed(&self, claim: &Claim, first: u32, given: &[&[u8]], checksums: &[u32]) -> io::Result<bool> {
         let Claim { blocks, bytes: _, body: Body { file, order }, epoch } = claim;
         for run in blocks.runs() {
             let skip = (run.first - first) as usize;
-            let start = skip * BLOCK_SIZE as usize;
-            let part = &bytes[start..start + self.bytes_of(run.first, run.count) as usize];
-            file.write_all_at(part, u64::from(run.first) * BLOCK_SIZE)?;
+            let part = &given[skip..skip + run.count as usize];
+            write_all_vectored_at(file, part, u64::from(run.first) * BLOCK_SIZE)?;
             let part = &checksums[skip..skip + run.count as usize];
             let part: Vec<u8> = part.iter().flat_map(|checksum| checksum.to_le_bytes()).collect();
             file.write_all_at(&part, self.layout.checksums + u64::from(run.first) * 4)?;
@@ -587,6 +636,26 @@ impl Drop for Chunk {
     fn drop(&mut self) {
         self.shared.catalog.clear_live(self.name, self, self.used());
     }
+}
+
+/// Writes slices one after the other, all of them.
+fn write_all_vectored_at(file: &File, slices: &[&[u8]], mut offset: u64) -> io::Result<()> {
+    for slices in slices.chunks(MAX_SLICES) {
+        let mut slices: Vec<IoSlice<'_>> = slices.iter().map(|slice| IoSlice::new(slice)).collect();
+        let mut left = &mut slices[..];
+        while !left.is_empty() {
+            match pwritev(file, left, offset) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => {
+                    offset += written as u64;
+                    IoSlice::advance_slices(&mut left, written);
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+    Ok(())
 }
 
 impl fmt::Debug for Chunk {

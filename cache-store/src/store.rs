@@ -183,12 +183,17 @@ impl ChunkStore {
         })
     }
 
+    /// The chunk, if its file is open. This does not look at the disk.
+    pub fn open_chunk(&self, spec: &ChunkSpec) -> Option<Arc<Chunk>> {
+        self.attached(&Name::from(spec.key)).filter(|chunk| chunk.matches(spec))
+    }
+
     /// The chunk, if it is present or, with `create`, would be admitted now. `None` is a bypass: quota, watermark or
     /// disk; stream without storing. A chunk that is created takes no place before its first block is written. One that
     /// is present is given to be read, so whether it takes more blocks shows only in [`Chunk::write`].
     pub fn chunk(&self, spec: &ChunkSpec, create: bool) -> Option<Arc<Chunk>> {
         let name = Name::from(spec.key);
-        if let Some(chunk) = self.shared.open.get(&name).filter(|chunk| !chunk.is_detached()) {
+        if let Some(chunk) = self.attached(&name) {
             return chunk.matches(spec).then_some(chunk);
         }
         let _entered = self.shared.enter().ok()?;
@@ -202,6 +207,11 @@ impl ChunkStore {
             self.shared.open.insert(name, Arc::clone(&chunk));
         }
         Some(chunk)
+    }
+
+    /// A chunk that is open, and still the one of its name.
+    fn attached(&self, name: &Name) -> Option<Arc<Chunk>> {
+        self.shared.open.get(name).filter(|chunk| !chunk.is_detached())
     }
 
     /// Drops a chunk unless it is pinned.

@@ -122,6 +122,9 @@ pub struct DatasetConfig {
     /// What its mounts are made for. Daemons ask for it.
     #[serde(default)]
     pub shape: VolumeShape,
+    /// How soon what changes at a source is to be seen; `None`: when somebody asks for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sync_interval: Option<Duration>,
 }
 
 /// What mounts are made for.

@@ -3,6 +3,7 @@
 mod problem;
 mod source;
 mod store;
+mod sync;
 
 use std::{fmt, future::Future, ops::Range, sync::Arc};
 
@@ -18,10 +19,14 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 pub use self::problem::SourceProblem;
-use self::source::{Source, SourceOpener};
+use self::{
+    source::{Source, SourceOpener},
+    sync::Sync,
+};
 use crate::{
     config::{DatasetConfig, SourceConfig},
     fill::{FillError, Pools, Wanted},
+    load::Runs,
     metrics::{DatasetMetrics, Metrics, level, set},
 };
 
@@ -101,6 +106,10 @@ pub(crate) struct Dataset {
     pub(crate) scan: watch::Sender<Option<ScanProgress>>,
     /// What was scanned is no longer all that there is.
     pub(crate) rescan: Notify,
+    /// Loads that have a name.
+    pub(crate) runs: Runs,
+    /// When this worker last had the sources listed.
+    pub(crate) sync: Sync,
 }
 
 impl fmt::Debug for Dataset {
@@ -134,6 +143,8 @@ impl Dataset {
             problem: Mutex::new(None),
             scan: watch::Sender::new(None),
             rescan: Notify::new(),
+            runs: Runs::default(),
+            sync: Sync::default(),
         })
     }
 
@@ -288,6 +299,7 @@ impl Dataset {
         level(&m.cached_bytes, usage.cached_bytes);
         level(&m.pinned_bytes, usage.pinned_bytes);
         level(&m.cached_chunks, usage.chunks);
+        level(&m.staleness_seconds, self.sync.age().map_or(0, |age| age.as_secs()));
     }
 
     /// The name of a version of a file of this dataset.

@@ -3,6 +3,9 @@
 //! The share is the chunks that placement gives to this worker. A file is counted by the owner of its first chunk, so
 //! that the sums over all workers are exact. The walk runs ahead of the loading, up to [`AHEAD`] chunks.
 
+mod runs;
+mod selection;
+
 use std::{
     sync::{
         Arc,
@@ -20,6 +23,10 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
+pub(crate) use self::{
+    runs::{Runs, Wanted as WantedRun},
+    selection::Selection,
+};
 use crate::{
     dataset::Dataset,
     fill::{FillError, Wanted},
@@ -101,9 +108,20 @@ pub(crate) struct Progress {
     bypassed_bytes: AtomicU64,
     failures: Mutex<Vec<String>>,
     listed: AtomicBool,
+    /// Of the table by which everything was listed; 0: of none.
+    epoch: AtomicU64,
 }
 
 impl Progress {
+    /// Whether everything is held.
+    fn is_sound(&self) -> bool {
+        self.failed_files.load(Ordering::Acquire) == 0 && self.bypassed_bytes.load(Ordering::Acquire) == 0
+    }
+
+    fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire)
+    }
+
     /// As the wire says it.
     pub(crate) fn message(&self, finished: bool) -> LoadProgress {
         let get = |counter: &AtomicU64| counter.load(Ordering::Acquire);
@@ -117,6 +135,7 @@ impl Progress {
             failures: self.failures.lock().clone(),
             total_files: get(&self.total_files),
             total_bytes: get(&self.total_bytes),
+            epoch: get(&self.epoch),
             finished,
         }
     }
@@ -157,19 +176,27 @@ pub(crate) enum Goal {
     Pin,
 }
 
-/// Loads this worker's share of everything at or below `path`. Fails as a whole only when the tree cannot be listed.
+/// Loads this worker's share of what is selected at or below `path`. Fails as a whole only when the tree cannot be listed.
 pub(crate) async fn load(
     worker: &Arc<Worker>,
     dataset: &Arc<Dataset>,
     path: &DatasetPath,
+    selection: &Selection,
     goal: Goal,
     progress: &Progress,
 ) -> Result<(), ClientError> {
+    let epoch = worker.members.table().epoch;
     let mut found = files(worker, dataset, path).await?;
     let (queue, queued) = mpsc::channel(AHEAD);
     let listing = async {
         while let Some(file) = found.next().await {
-            list_share(worker, dataset, file?, progress, &queue).await;
+            let file = file?;
+            if selection.holds(&file) {
+                list_share(worker, dataset, file, progress, &queue).await;
+            }
+        }
+        if worker.members.table().epoch == epoch {
+            progress.epoch.store(epoch, Ordering::Release);
         }
         progress.listed.store(true, Ordering::Release);
         drop(queue);

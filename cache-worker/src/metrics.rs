@@ -119,6 +119,8 @@ by_dataset! {
     cached_bytes: Gauge = "cached" in Bytes, "Bytes of blocks held";
     pinned_bytes: Gauge = "pinned" in Bytes, "Bytes of blocks held that are never evicted";
     cached_chunks: Gauge = "cached_chunks", "Chunks of which something is held";
+    staleness_seconds: Gauge = "staleness_seconds",
+        "How old what is seen of the sources is at most, where this worker has them listed periodically; else 0";
 }
 
 /// Sets a counter that somebody else counts.

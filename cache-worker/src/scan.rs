@@ -1,5 +1,10 @@
 //! Scans of whole datasets: in the background, by whoever is first in a dataset's order of workers and alive; and after
 //! `forebay refresh`, by whoever was asked.
+//!
+//! A dataset that is synchronised periodically is listed ahead of need: under the generation after the one that is
+//! answered, which everybody adopts when all of it is listed. So nobody waits for it, and while a source is away what is
+//! known is answered. It begins early enough that what changes at a source is seen within the interval, if a listing takes
+//! no longer than half of it; one that takes longer is followed by a pause of the same length.
 
 use std::{sync::Arc, time::Duration};
 
@@ -43,6 +48,8 @@ const FAN_OUT: usize = 16;
 struct AtOwners {
     worker: Arc<Worker>,
     dataset: Arc<Dataset>,
+    /// Without making anybody wait for it.
+    ahead: bool,
 }
 
 impl ScanDirectories for AtOwners {
@@ -56,6 +63,7 @@ impl ScanDirectories for AtOwners {
             let mut last = MetadataError::Closed;
             for candidate in self.worker.members.directory_order(self.dataset.id, directory) {
                 let answer = match &candidate {
+                    Candidate::Here if self.ahead => self.dataset.index.scan_ahead(generation, directory, after).await,
                     Candidate::Here => self.dataset.index.scan_directory(generation, directory, after).await,
                     Candidate::There(member) => self.ask(member, generation, directory, after).await,
                 };
@@ -87,6 +95,7 @@ impl AtOwners {
             directory: directory.to_bytes(),
             after: Bytes::copy_from_slice(after),
             sources: self.dataset.namespace().fingerprint(),
+            ahead: self.ahead,
         };
         let asking = async {
             let mut client = self.worker.members.metadata(member).await?;
@@ -98,8 +107,9 @@ impl AtOwners {
             .map_err(|status| from_status(&status))?
             .into_inner();
         self.dataset.index.adopt_generation(answer.generation);
-        let wire::ScanDirectoryResponse { generation: _, files, bytes, hidden, changed, subdirectories, end } = answer;
-        Ok(DirectoryScan { files, bytes, hidden, changed, subdirectories, end })
+        let wire::ScanDirectoryResponse { generation: _, files, bytes, hidden, changed, digest, subdirectories, end } =
+            answer;
+        Ok(DirectoryScan { files, bytes, hidden, changed, digest, subdirectories, end })
     }
 }
 
@@ -114,21 +124,23 @@ fn from_status(status: &Status) -> MetadataError {
     }
 }
 
-/// Starts to scan everything at and below `path`.
+/// Starts to scan everything at and below `path`; `ahead`: under a generation that is not adopted.
 pub(crate) fn start(
     worker: &Arc<Worker>,
     dataset: &Arc<Dataset>,
     generation: u64,
+    ahead: bool,
     path: DatasetPath,
     cancel: CancellationToken,
 ) -> ScanHandle {
-    let directories = Arc::new(AtOwners { worker: worker.clone(), dataset: dataset.clone() });
+    let directories = Arc::new(AtOwners { worker: worker.clone(), dataset: dataset.clone(), ahead });
     Scanner::start(directories, generation, path, ScanOptions::default(), cancel)
 }
 
 /// As the wire says it.
 pub(crate) fn to_wire(progress: &ScanProgress) -> wire::ScanProgress {
-    let ScanProgress { state, generation, files, bytes, directories, hidden, changed, error } = progress.clone();
+    let ScanProgress { state, generation, files, bytes, directories, hidden, changed, digest, error } =
+        progress.clone();
     let state = match state {
         ScanState::Running => wire::ScanState::Running,
         ScanState::Complete => wire::ScanState::Complete,
@@ -142,11 +154,13 @@ pub(crate) fn to_wire(progress: &ScanProgress) -> wire::ScanProgress {
         directories,
         hidden,
         changed,
+        digest,
         error: error.unwrap_or_default(),
+        synced_ms: None,
     }
 }
 
-/// Learns the highest generation that any worker knows, so that one above it is new to all.
+/// Learns the highest generations that any worker knows, so that one above them is new to all.
 pub(crate) async fn learn_generation(worker: &Arc<Worker>, dataset: &Arc<Dataset>) {
     let id = dataset.id;
     stream::iter(worker.members.others())
@@ -158,6 +172,7 @@ pub(crate) async fn learn_generation(worker: &Arc<Worker>, dataset: &Arc<Dataset
             if let Ok(Ok(status)) = timeout(ALIVE, asking).await {
                 for known in status.into_inner().datasets {
                     dataset.index.adopt_generation(known.generation);
+                    dataset.index.adopt_ahead(known.listing_generation);
                 }
             }
         })
@@ -200,10 +215,10 @@ pub(crate) async fn coordinate(worker: Arc<Worker>, dataset: Arc<Dataset>) {
                 () = dataset.rescan.notified() => continue,
             };
             let pause = match looked {
-                Look::Nothing => LOOK,
+                Look::Nothing(pause) => LOOK.min(pause),
                 Look::Scanned => {
                     failures = 0;
-                    LOOK
+                    Duration::ZERO
                 }
                 Look::Failed => {
                     failures += 1;
@@ -229,8 +244,8 @@ pub(crate) async fn coordinate(worker: Arc<Worker>, dataset: Arc<Dataset>) {
 
 /// What a look came to.
 enum Look {
-    /// It is not this worker's turn, or everything is scanned.
-    Nothing,
+    /// It is not this worker's turn, or everything is scanned; nothing is due for so long.
+    Nothing(Duration),
     Scanned,
     Failed,
 }
@@ -244,16 +259,23 @@ async fn look(worker: &Arc<Worker>, dataset: &Arc<Dataset>) -> Look {
     };
     if !coordinates(worker, dataset).await {
         dataset.scan.send_if_modified(|progress| progress.take().is_some());
-        return Look::Nothing;
+        return Look::Nothing(LOOK);
     }
-    if is_done(&dataset.scan.borrow()) {
-        return Look::Nothing;
+    if !is_done(&dataset.scan.borrow()) {
+        return count(worker, dataset).await;
     }
+    match dataset.sync.pause(dataset.config().sync_interval) {
+        Duration::ZERO => synchronise(worker, dataset).await,
+        pause => Look::Nothing(pause),
+    }
+}
+
+/// Scans what is not counted under the present generation; what is listed is not asked of the sources.
+async fn count(worker: &Arc<Worker>, dataset: &Arc<Dataset>) -> Look {
     learn_generation(worker, dataset).await;
-    let root = DatasetPath::root();
     let cancel = CancellationToken::new();
     let _end = cancel.clone().drop_guard();
-    let handle = start(worker, dataset, dataset.index.generation(), root, cancel);
+    let handle = start(worker, dataset, dataset.index.generation(), false, DatasetPath::root(), cancel);
     let mut watching = handle.progress.clone();
     let showing = async {
         while watching.changed().await.is_ok() {
@@ -276,6 +298,29 @@ async fn look(worker: &Arc<Worker>, dataset: &Arc<Dataset>) -> Look {
             Look::Failed
         }
     }
+}
+
+/// Lists everything again, under the next generation, which is adopted when all of it is listed.
+async fn synchronise(worker: &Arc<Worker>, dataset: &Arc<Dataset>) -> Look {
+    learn_generation(worker, dataset).await;
+    // New to all: what a listing met that was not brought to its end may have changed since.
+    let generation = dataset.index.listing_generation() + 1;
+    let (began, root) = (Instant::now(), DatasetPath::root());
+    let cancel = CancellationToken::new();
+    let _end = cancel.clone().drop_guard();
+    let finished = start(worker, dataset, generation, true, root.clone(), cancel).finished().await;
+    if let Some(error) = &finished.error {
+        // Numbers stay those of the last one; that a source is away is said by those who ask it.
+        warn!(dataset = %dataset.name, %error, "the sources were not listed; it is tried again");
+        return Look::Failed;
+    }
+    dataset.index.adopt_generation(generation);
+    prune(worker, dataset, generation, &root).await;
+    dataset.sync.done(began);
+    let ScanProgress { files, changed, .. } = finished;
+    debug!(dataset = %dataset.name, files, changed, generation, "synchronised");
+    dataset.scan.send_replace(Some(to_wire(&finished)));
+    Look::Scanned
 }
 
 /// Whether no worker before this one in the dataset's order answers.

@@ -161,6 +161,7 @@ impl Worker {
         let usage = self.store.usage(dataset.id);
         let requests = dataset.requests();
         let problem = dataset.source_problem();
+        let synced_ms = dataset.sync.age().map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX));
         let m = &dataset.metrics;
         let shape = match dataset.config().shape {
             VolumeShape::Auto => worker::VolumeShape::Auto,
@@ -186,11 +187,13 @@ impl Worker {
             bypassed_bytes: m.bypassed_bytes.get(),
             corrupt_blocks: usage.corrupt_blocks,
             served_bytes: m.served_bytes.get(),
-            scan: dataset.scan.borrow().clone(),
+            scan: dataset.scan.borrow().clone().map(|scan| worker::ScanProgress { synced_ms, ..scan }),
             source_problem: problem.as_ref().map(|problem| problem.message.clone()).unwrap_or_default(),
             version_conflicts: m.version_conflicts.get(),
             source_problem_reason: problem.map(|problem| problem.reason).unwrap_or_default(),
             volume_shape: shape.into(),
+            runs: dataset.runs.to_wire(),
+            listing_generation: dataset.index.listing_generation(),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
-use crate::{up, verbs};
+use crate::{preload, up, verbs};
 
 /// A data cache in front of GPUs: serves Datasets from object stores at local-disk speed.
 #[derive(Debug, Parser)]
@@ -63,8 +63,8 @@ enum Command {
     Ls(verbs::LsArgs),
     /// Show an entry of a Dataset: version, where it is cached
     Stat(verbs::StatArgs),
-    /// Load everything below a path into the cache
-    Load(verbs::PathArgs),
+    /// Load what is below a path into the cache
+    Load(verbs::LoadArgs),
     /// Drop cached bytes below a path; the source is never touched
     Free(verbs::PathArgs),
     /// Load everything below a path and keep it, whatever else is read
@@ -77,6 +77,9 @@ enum Command {
     /// Run a FUSE daemon (started by `up` and by the chart's DaemonSet)
     #[command(hide = true)]
     Fuse(up::FuseChildArgs),
+    /// Drive a run of a PreloadPolicy (started by the operator's Jobs)
+    #[command(hide = true)]
+    Preload(preload::PreloadArgs),
 }
 
 impl Args {
@@ -93,6 +96,7 @@ impl Args {
         match command {
             Command::Worker(args) => args.run(),
             Command::Fuse(args) => args.run(),
+            Command::Preload(args) => block_on(preload::preload(args)),
             Command::Up(args) => block_on(up::run(global, args)),
             Command::Validate(args) => verbs::validate(&global, args),
             Command::Status(args) => block_on(verbs::status(global, args)),

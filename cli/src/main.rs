@@ -4,6 +4,7 @@
 mod args;
 mod output;
 mod pod;
+mod preload;
 mod session;
 mod up;
 mod verbs;

@@ -48,23 +48,6 @@ impl Session {
         Ok(Self { layout, record })
     }
 
-    /// The client of a runtime.
-    pub fn client(&self, runtime: &RuntimeRecord) -> anyhow::Result<Client> {
-        let table = read_table(&runtime.table)?;
-        let config = ClientConfig {
-            name: "forebay".into(),
-            key: read_key(&runtime.key)?,
-            // Verbs read no file contents; this is for the protocol's own buffers.
-            memory: MemoryBudget::new(16 << 20),
-            deadline: ANSWER_DEADLINE,
-            max_read_ahead: 0,
-            connections_per_worker: 1,
-        };
-        // The table is read once: a verb is short. A closed channel keeps its last value.
-        let (_, receiver) = watch::channel(Arc::new(table));
-        Ok(Client::new(config, receiver))
-    }
-
     /// A Dataset by its name, or by `NAMESPACE/NAME`.
     pub fn dataset(&self, name: &str) -> anyhow::Result<DatasetSession> {
         let record = self
@@ -76,19 +59,27 @@ impl Session {
             let served: Vec<&str> = self.record.datasets.iter().map(|dataset| dataset.name.as_str()).collect();
             bail!("no Dataset '{name}' is served here; there is: {}", served.join(", "));
         };
-        let runtime = self.runtime_of(record)?;
-        let client = self.client(runtime)?;
+        let runtime = self.record.runtime_of(record)?;
+        let client = client_of(runtime)?;
         Ok(DatasetSession { record: record.clone(), dataset: client.dataset(record.id), client })
     }
+}
 
-    /// The runtime that serves a Dataset.
-    pub fn runtime_of(&self, dataset: &DatasetRecord) -> anyhow::Result<&RuntimeRecord> {
-        self.record
-            .runtimes
-            .iter()
-            .find(|runtime| runtime.namespace == dataset.namespace && runtime.name == dataset.runtime)
-            .with_context(|| format!("the record names no CacheRuntime '{}'", dataset.runtime))
-    }
+/// The client of a runtime.
+pub fn client_of(runtime: &RuntimeRecord) -> anyhow::Result<Client> {
+    let table = read_table(&runtime.table)?;
+    let config = ClientConfig {
+        name: "forebay".into(),
+        key: read_key(&runtime.key)?,
+        // Verbs read no file contents; this is for the protocol's own buffers.
+        memory: MemoryBudget::new(16 << 20),
+        deadline: ANSWER_DEADLINE,
+        max_read_ahead: 0,
+        connections_per_worker: 1,
+    };
+    // The table is read once: a verb is short. A closed channel keeps its last value.
+    let (_, receiver) = watch::channel(Arc::new(table));
+    Ok(Client::new(config, receiver))
 }
 
 /// Reads a worker table.
@@ -190,6 +181,8 @@ impl DatasetTotals {
             version_conflicts,
             source_problem_reason,
             volume_shape,
+            runs: _,
+            listing_generation: _,
         } = answer;
         let sums = &mut self.sums;
         sums.dataset.clone_from(dataset);

@@ -10,6 +10,7 @@ mod children;
 mod control;
 mod instance;
 mod layout;
+mod policies;
 mod privileges;
 mod teardown;
 
@@ -18,12 +19,12 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::{Context, bail};
 use clap::Args;
 use forebay_api::{
-    Quantity,
+    Quantity, QuantityError,
     manifest::{self, Manifest},
 };
 use forebay_cache_worker::WorkerOptions;
 use forebay_client::MIN_BUDGET;
-use forebay_fuse::{DaemonOptions, default_memory_budget};
+use forebay_fuse::{DaemonOptions, NodeCacheOptions, default_memory_budget};
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -44,7 +45,7 @@ use crate::{
 /// Arguments of `up`.
 #[derive(Clone, Debug, Args)]
 pub struct UpArgs {
-    /// Manifests: CacheRuntimes, Datasets and the Secrets they name
+    /// Manifests: CacheRuntimes, Datasets, the Secrets they name, and PreloadPolicies
     #[arg(long, short, required = true, value_name = "FILE")]
     file: Vec<PathBuf>,
     /// Mount each Dataset at DIR/NAME
@@ -59,6 +60,9 @@ pub struct UpArgs {
     /// Memory for reads under way and read-ahead of each Dataset, in MiB
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u64).range(8..=65536), value_name = "MIB")]
     memory: u64,
+    /// As root: disk for whole files of 1Mi and more, which the kernel reads without any daemon; 0 for none
+    #[arg(long, default_value = "10Gi", value_parser = quantity_or_none, value_name = "QUANTITY")]
+    node_cache: u64,
     /// Requests that each worker has under way at a source at most [default: 64]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096), value_name = "N")]
     source_concurrency: Option<u32>,
@@ -96,14 +100,34 @@ pub struct FuseChildArgs {
     /// Memory for file contents over all volumes, as 512Mi [default: half of the container's limit]
     #[arg(long, value_parser = memory_budget, value_name = "QUANTITY")]
     memory_budget: Option<usize>,
+    /// Directory of its own for whole files of 1Mi and more, which the kernel reads without this daemon [default: none]
+    #[arg(long, requires = "node_cache_capacity", value_name = "DIR")]
+    node_cache: Option<PathBuf>,
+    /// Disk that they may take, as 20Gi
+    #[arg(long, requires = "node_cache", value_parser = quantity, value_name = "QUANTITY")]
+    node_cache_capacity: Option<u64>,
+    /// Part of that file system that stays free; a kubelet evicts pods below 10
+    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u8).range(0..=99), value_name = "PERCENT")]
+    node_cache_free: u8,
     /// Each volume has the memory that its configuration says, instead of a part of one budget
     #[arg(long, conflicts_with = "memory_budget")]
     memory_per_volume: bool,
 }
 
+fn quantity(text: &str) -> Result<u64, String> {
+    Quantity::new(text).bytes().map_err(|error| error.to_string())
+}
+
+/// The same, or 0 for none.
+pub fn quantity_or_none(text: &str) -> Result<u64, String> {
+    match Quantity::new(text).bytes() {
+        Err(QuantityError::Zero) => Ok(0),
+        bytes => bytes.map_err(|error| error.to_string()),
+    }
+}
+
 fn memory_budget(text: &str) -> Result<usize, String> {
-    let bytes = Quantity::new(text).bytes().map_err(|error| error.to_string())?;
-    let bytes = usize::try_from(bytes).map_err(|_| "more than this machine can address".to_owned())?;
+    let bytes = usize::try_from(quantity(text)?).map_err(|_| "more than this machine can address".to_owned())?;
     if bytes < MIN_BUDGET {
         return Err(format!("at least {}Mi are needed: a few requests of 1Mi", MIN_BUDGET >> 20));
     }
@@ -244,7 +268,16 @@ impl WorkerChildArgs {
 impl FuseChildArgs {
     /// Runs a FUSE daemon until SIGTERM.
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        let Self { child, socket, http, memory_budget, memory_per_volume } = self;
+        let Self {
+            child,
+            socket,
+            http,
+            memory_budget,
+            memory_per_volume,
+            node_cache,
+            node_cache_capacity,
+            node_cache_free,
+        } = self;
         let usual = DaemonOptions::new(socket);
         let memory = memory_budget.unwrap_or_else(default_memory_budget);
         forebay_fuse::daemon::run(DaemonOptions {
@@ -252,6 +285,11 @@ impl FuseChildArgs {
             connect_deadline: usual.connect_deadline.filter(|_| child.has_parent()),
             http,
             memory: (!memory_per_volume).then_some(memory),
+            node_cache: node_cache.zip(node_cache_capacity).map(|(dir, capacity)| NodeCacheOptions {
+                dir,
+                capacity,
+                free_percent: node_cache_free,
+            }),
             ..usual
         })?;
         Ok(ExitCode::SUCCESS)
@@ -267,5 +305,11 @@ mod tests {
         assert_eq!(memory_budget("512Mi"), Ok(512 << 20));
         assert!(memory_budget("1Mi").unwrap_err().contains("4Mi"));
         assert!(memory_budget("much").is_err());
+    }
+
+    #[test]
+    fn a_node_cache_may_be_none() {
+        assert_eq!((quantity_or_none("0"), quantity_or_none("2Gi")), (Ok(0), Ok(2 << 30)));
+        assert!(quantity("0").is_err() && quantity_or_none("-1").is_err());
     }
 }

@@ -94,6 +94,9 @@ async fn extended_attributes() {
     assert_eq!(xattr(&file, "user.forebay.version").unwrap(), stat["version"].as_str().unwrap().as_bytes());
     assert_eq!(xattr(&file, "user.forebay.owner").unwrap(), stat["owners"][0].as_str().unwrap().as_bytes());
     assert!(xattr(&bench.path("dir"), "user.forebay.owner").unwrap().starts_with(b"runtime-"));
+    let revision = || bench.up.status()["datasets"][0]["revision"].as_str().map(str::to_owned);
+    support::eventually("the revision", std::time::Duration::from_secs(30), || revision().is_some());
+    assert_eq!(xattr(&bench.path(""), "user.forebay.revision").unwrap(), revision().unwrap().into_bytes());
     // Unknown names are absent, not unsupported: one ENOSYS would switch all of them off.
     assert_eq!(xattr(&file, "user.unknown"), Err(Errno::NODATA));
     assert_eq!(xattr(&file, "security.capability"), Err(Errno::NODATA));

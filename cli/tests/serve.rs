@@ -149,6 +149,13 @@ async fn the_verbs_tell_and_do_what_they_say() {
     let missing = up.forebay(&["ls", "nonsense"]);
     assert!(String::from_utf8_lossy(&missing.stderr).contains("there is: data"));
 
+    let selected = ["--include", "small/0/*", "--exclude", "**/3.bin", "--max-size", "50Ki"];
+    let loaded = up.json(&[&["load", "data"][..], &selected].concat());
+    assert_eq!((loaded["totalFiles"].as_u64(), loaded["doneFiles"].as_u64()), (Some(5), Some(5)));
+    let refused = up.forebay(&["load", "data", "--include", "small/["]);
+    assert!(!refused.status.success());
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("'small/['"), "{refused:?}");
+
     let loaded = up.json(&["load", "data", "/small"]);
     assert_eq!((loaded["totalFiles"].as_u64(), loaded["doneFiles"].as_u64()), (Some(60), Some(60)));
     let bytes: u64 = (0..60).map(|index| 1000 + 3000 * index).sum();

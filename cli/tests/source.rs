@@ -50,7 +50,8 @@ async fn a_source_that_stays_away_is_an_error_by_the_deadline() {
     if !can_mount() {
         return;
     }
-    let setup = Setup { arguments: vec!["--deadline".into(), "4".into()], ..Setup::default() };
+    let setup =
+        Setup { arguments: ["--deadline", "4", "--node-cache", "0"].map(str::to_owned).to_vec(), ..Setup::default() };
     let bench = Bench::start(setup, |store| async move {
         store.put(BUCKET, "cached", text("cached")).await;
         store.put(BUCKET, "away", text("away")).await;

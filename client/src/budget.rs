@@ -5,14 +5,20 @@
 //! request always finds memory that only other readers' own requests hold, and those end by their deadlines.
 //!
 //! Who takes a permit for a request takes all of it at once and holds nothing meanwhile: no two can wait for each other.
+//!
+//! Buffers that are between two uses are beside it: at most a sixteenth of `total`.
 
 use std::{collections::VecDeque, future::Future, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use tokio::{sync::oneshot, time::Instant};
 
+use crate::buffers::Buffers;
+
 /// What read-ahead leaves free at least: a read of 1 MiB that is not aligned, and as much again.
 const RESERVE: usize = 2 << 20;
+/// The part of the budget that spare buffers may take beside it.
+const SPARE: usize = 16;
 /// How often somebody who waits asks the holders of read-ahead to give back.
 const PRESSURE_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -26,6 +32,7 @@ struct Inner {
     total: usize,
     read_ahead_limit: usize,
     state: Mutex<State>,
+    spare: Buffers,
 }
 
 #[derive(Debug, Default)]
@@ -65,7 +72,8 @@ pub(crate) struct Usage {
 impl Budget {
     pub(crate) fn new(total: usize) -> Self {
         let read_ahead_limit = total - (total / 4).max(RESERVE).min(total);
-        Self { inner: Arc::new(Inner { total, read_ahead_limit, state: Mutex::default() }) }
+        let spare = Buffers::new(total / SPARE);
+        Self { inner: Arc::new(Inner { total, read_ahead_limit, state: Mutex::default(), spare }) }
     }
 
     pub(crate) fn total(&self) -> usize {
@@ -191,6 +199,11 @@ impl Permit {
         self.bytes
     }
 
+    /// An empty buffer with room for `len` bytes, which are to be paid for by this.
+    pub(crate) fn buffer(&self, len: usize) -> Vec<u8> {
+        self.inner.spare.take(len)
+    }
+
     /// Takes a part off; at most what is there.
     pub(crate) fn split(&mut self, bytes: usize) -> Permit {
         let bytes = bytes.min(self.bytes);
@@ -243,8 +256,20 @@ impl Drop for Permit {
 
 /// A buffer that holds its part of the budget for as long as anybody holds the buffer.
 pub(crate) struct Held {
-    pub(crate) bytes: Vec<u8>,
-    pub(crate) _permit: Permit,
+    bytes: Vec<u8>,
+    permit: Permit,
+}
+
+impl Held {
+    pub(crate) fn new(bytes: Vec<u8>, permit: Permit) -> Self {
+        Self { bytes, permit }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.permit.inner.spare.give(std::mem::take(&mut self.bytes));
+    }
 }
 
 impl AsRef<[u8]> for Held {

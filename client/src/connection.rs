@@ -1,7 +1,9 @@
 //! One data connection: frames of many requests, one reader task, one writer task.
 //!
+//! - Whoever makes a request sends it: a wake-up of the writer would cost more than the request. What the socket does not
+//!   take at once is the writer's.
 //! - Requests in flight are bounded by [`MAX_IN_FLIGHT`]: a slot is taken before a Read is queued and freed when the
-//!   answer ended or its Cancel was written, so the queue of the writer (two frames for each slot) is never full.
+//!   answer ended or its Cancel was written, so at most two frames for each slot wait for the socket.
 //! - A body is read into memory that its request took from the budget beforehand ([`Room`]); what a request did not pay
 //!   for is thrown away or, if the worker sends more than was asked, breaks the connection. The reader task never waits
 //!   for a request's owner.
@@ -20,18 +22,18 @@ use std::{
     time::Duration,
 };
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use forebay_protocol::frame::{
     self, Answer, FailureCode, HEADER, Header, MAX_ANSWER_BODY, MAX_IN_FLIGHT, Read, Request,
 };
 use parking_lot::Mutex;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncRead, AsyncReadExt, BufReader},
     net::{
         TcpStream,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
     },
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc},
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
@@ -121,9 +123,30 @@ enum Taken {
     TooMuch,
 }
 
-enum Outgoing {
-    Read { number: u64, read: Box<Read> },
-    Cancel { number: u64, _slot: OwnedSemaphorePermit },
+/// Frames that the socket has not taken yet.
+#[derive(Default)]
+struct Outbox {
+    /// `None` when the connection is gone.
+    stream: Option<Arc<OwnedWriteHalf>>,
+    bytes: BytesMut,
+    /// Of cancelled requests: free when their Cancels are out.
+    slots: Vec<OwnedSemaphorePermit>,
+}
+
+impl Outbox {
+    /// Sends what the socket takes; whether that is everything.
+    fn pump(&mut self) -> io::Result<bool> {
+        let Some(stream) = &self.stream else { return Err(io::ErrorKind::NotConnected.into()) };
+        while !self.bytes.is_empty() {
+            match stream.try_write(&self.bytes) {
+                Ok(sent) => self.bytes.advance(sent),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        self.slots.clear();
+        Ok(true)
+    }
 }
 
 struct Slot {
@@ -142,7 +165,9 @@ struct Pending {
 }
 
 struct Shared {
-    queue: mpsc::Sender<Outgoing>,
+    outbox: Mutex<Outbox>,
+    /// Something in the outbox is the writer's.
+    unsent: Notify,
     pending: Mutex<Pending>,
     free: Arc<Semaphore>,
     budget: Budget,
@@ -168,9 +193,12 @@ pub(crate) struct Handle {
 impl Connection {
     /// Takes over a stream after its handshake. `health` learns when it breaks with open requests.
     pub(crate) fn start(stream: TcpStream, budget: Budget, health: Arc<Health>, closed: CancellationToken) -> Self {
-        let (queue, outgoing) = mpsc::channel(2 * MAX_IN_FLIGHT);
+        let (reader, writer) = stream.into_split();
+        let writer = Arc::new(writer);
+        let outbox = Outbox { stream: Some(writer.clone()), ..Outbox::default() };
         let shared = Arc::new(Shared {
-            queue,
+            outbox: Mutex::new(outbox),
+            unsent: Notify::new(),
             pending: Mutex::new(Pending { next: 1, ..Pending::default() }),
             free: Arc::new(Semaphore::new(MAX_IN_FLIGHT)),
             budget,
@@ -178,9 +206,8 @@ impl Connection {
             heard: AtomicU64::new(0),
             closed,
         });
-        let (reader, writer) = stream.into_split();
         tokio::spawn(run(shared.clone(), health.clone(), read_frames(shared.clone(), reader)));
-        tokio::spawn(run(shared.clone(), health, write_frames(shared.clone(), outgoing, writer)));
+        tokio::spawn(run(shared.clone(), health, write_frames(shared.clone(), writer)));
         Self { shared }
     }
 
@@ -212,10 +239,8 @@ impl Connection {
             number
         };
         let handle = Handle { shared: shared.clone(), number, events: receiver, slot: Some(slot) };
-        match shared.queue.try_send(Outgoing::Read { number, read: Box::new(read) }) {
-            Ok(()) => Ok(handle),
-            Err(_) => Err(shared.why()),
-        }
+        shared.send(number, &Request::Read(read), None);
+        Ok(handle)
     }
 }
 
@@ -239,8 +264,7 @@ impl Drop for Handle {
     fn drop(&mut self) {
         let open = self.shared.pending.lock().slots.remove(&self.number).is_some();
         if let (true, Some(slot)) = (open, self.slot.take()) {
-            // Never full (see the module); closed only with the connection.
-            let _ = self.shared.queue.try_send(Outgoing::Cancel { number: self.number, _slot: slot });
+            self.shared.send(self.number, &Request::Cancel, Some(slot));
         }
     }
 }
@@ -248,6 +272,22 @@ impl Drop for Handle {
 impl Shared {
     fn now(&self) -> u64 {
         self.born.elapsed().as_millis() as u64
+    }
+
+    /// Sends a frame, or leaves it to the writer; `slot` is free when it is out. On a connection that is gone, or breaks
+    /// over it, the request hears of that like every other.
+    fn send(&self, number: u64, request: &Request, slot: Option<OwnedSemaphorePermit>) {
+        let mut outbox = self.outbox.lock();
+        if outbox.stream.is_none() {
+            return;
+        }
+        let first = outbox.bytes.is_empty();
+        frame::encode_request(&mut outbox.bytes, number, request);
+        outbox.slots.extend(slot);
+        if first && !outbox.pump().is_ok_and(|all| all) {
+            // It meets an error again.
+            self.unsent.notify_one();
+        }
     }
 
     fn why(&self) -> Arc<str> {
@@ -265,6 +305,7 @@ impl Shared {
             std::mem::take(&mut pending.slots)
         };
         self.free.close();
+        *self.outbox.lock() = Outbox::default();
         if let (Some(health), false) = (health, slots.is_empty()) {
             health.mark_down(error);
         }
@@ -340,9 +381,9 @@ async fn read_frames(shared: Arc<Shared>, stream: OwnedReadHalf) -> Result<(), S
         let header = Header::decode(&head, MAX_ANSWER_BODY).map_err(|error| error.to_string())?;
         match shared.admit(&header)? {
             Some(permit) => {
-                let mut body = Vec::with_capacity(header.body);
+                let mut body = permit.buffer(header.body);
                 fill(&shared, &mut stream, &mut body, header.body).await?;
-                let body = Bytes::from_owner(Held { bytes: body, _permit: permit });
+                let body = Bytes::from_owner(Held::new(body, permit));
                 let answer = frame::decode_answer(&header, body).map_err(|error| error.to_string())?;
                 shared.deliver(header.request, answer)?;
             }
@@ -389,32 +430,20 @@ fn lost(error: &io::Error) -> String {
     format!("connection lost: {error}")
 }
 
-async fn write_frames(
-    shared: Arc<Shared>,
-    mut outgoing: mpsc::Receiver<Outgoing>,
-    mut stream: OwnedWriteHalf,
-) -> Result<(), String> {
+/// Sends what those who made it could not, and watches over the connection.
+async fn write_frames(shared: Arc<Shared>, stream: Arc<OwnedWriteHalf>) -> Result<(), String> {
     let mut watch = tokio::time::interval(WATCH_INTERVAL);
     watch.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut out = BytesMut::new();
     loop {
         tokio::select! {
-            first = outgoing.recv() => {
-                let Some(first) = first else { return Ok(()) };
-                let mut slots = Vec::new();
-                encode(&shared, first, &mut out, &mut slots);
-                while out.len() < READ_BUFFER
-                    && let Ok(more) = outgoing.try_recv()
-                {
-                    encode(&shared, more, &mut out, &mut slots);
+            () = shared.unsent.notified() => {
+                while !shared.outbox.lock().pump().map_err(|error| lost(&error))? {
+                    // A worker that does not even take requests is as dead as a silent one.
+                    tokio::time::timeout(SILENCE, stream.writable())
+                        .await
+                        .map_err(|_| format!("the worker took no request for {SILENCE:?}"))?
+                        .map_err(|error| lost(&error))?;
                 }
-                // A worker that does not even take requests is as dead as a silent one.
-                tokio::time::timeout(SILENCE, stream.write_all_buf(&mut out))
-                    .await
-                    .map_err(|_| format!("the worker took no request for {SILENCE:?}"))?
-                    .map_err(|error| lost(&error))?;
-                // Slots of cancelled requests are free from here on.
-                drop(slots);
             }
             _ = watch.tick() => {
                 let silent = Duration::from_millis(shared.now().saturating_sub(shared.heard.load(Ordering::Relaxed)));
@@ -422,21 +451,6 @@ async fn write_frames(
                     return Err(format!("the worker was silent for {SILENCE:?}"));
                 }
             }
-        }
-    }
-}
-
-fn encode(shared: &Shared, message: Outgoing, out: &mut BytesMut, slots: &mut Vec<OwnedSemaphorePermit>) {
-    match message {
-        Outgoing::Read { number, read } => {
-            // Cancelled before it was sent: its Cancel follows, and means nothing to the worker.
-            if shared.pending.lock().slots.contains_key(&number) {
-                frame::encode_request(out, number, &Request::Read(*read));
-            }
-        }
-        Outgoing::Cancel { number, _slot } => {
-            frame::encode_request(out, number, &Request::Cancel);
-            slots.push(_slot);
         }
     }
 }

@@ -25,6 +25,7 @@
 //! | `dataset`, `watch`, `walk` | names: look-ups, listings, changes, trees |
 
 mod budget;
+mod buffers;
 mod client;
 mod connection;
 mod dataset;

@@ -43,6 +43,9 @@ pub struct Args {
     /// User of the FUSE daemons
     #[arg(long, env = "FOREBAY_DAEMON_UID", default_value_t = 10001, value_name = "UID")]
     daemon_uid: u32,
+    /// Directory of their node cache, which is made theirs [default: they have none]
+    #[arg(long, env = "FOREBAY_NODE_CACHE", value_name = "DIR")]
+    node_cache: Option<PathBuf>,
     /// How long nobody may serve a mount before its readers get errors, in seconds
     #[arg(long, env = "FOREBAY_ABORT_AFTER", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86400), value_name = "SECONDS")]
     abort_after: u64,
@@ -97,6 +100,7 @@ impl Args {
             registration_dir,
             state_dir,
             daemon_uid,
+            node_cache,
             abort_after,
             http,
             controller,
@@ -115,6 +119,7 @@ impl Args {
             registration_dir,
             state_dir,
             daemon_uid,
+            node_cache,
             abort_after: Duration::from_secs(abort_after),
             http,
             controller,

@@ -5,7 +5,7 @@
 use std::{
     fs::DirBuilder,
     net::SocketAddr,
-    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _, chown},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -62,6 +62,8 @@ pub struct Options {
     pub state_dir: PathBuf,
     /// User of the FUSE daemons.
     pub daemon_uid: u32,
+    /// The directory of their node cache.
+    pub node_cache: Option<PathBuf>,
     /// How long nobody may serve a mount.
     pub abort_after: Duration,
     /// Where to answer over HTTP.
@@ -135,6 +137,11 @@ fn start_keeper(options: &Options) -> anyhow::Result<(Keeper, mpsc::Receiver<Eve
     directory(&sockets, 0o755)?;
     directory(&inline, 0o700)?;
     directory(&options.state_dir, 0o700)?;
+    if let Some(node_cache) = &options.node_cache {
+        directory(node_cache, 0o700)?;
+        chown(node_cache, Some(options.daemon_uid), None)
+            .with_context(|| format!("giving {} to user {}", node_cache.display(), options.daemon_uid))?;
+    }
     let keeper = KeeperOptions {
         allowed_uids: vec![options.daemon_uid],
         state_file: Some(options.state_dir.join("mounts.json")),

@@ -10,6 +10,7 @@ mod epoch;
 mod report;
 
 use std::{
+    fs::File,
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
@@ -53,6 +54,8 @@ const ENDPOINT: &str = "http://127.0.0.1:9000";
 /// The keys that the quickstart's Secret holds.
 const ACCESS_KEY: &str = "quickstart";
 const SECRET_KEY: &str = "quickstart-secret";
+/// How long the large files may take until they are in the node cache.
+const KEPT: Duration = Duration::from_secs(60);
 
 fn main() -> anyhow::Result<ExitCode> {
     let args = Args::parse();
@@ -77,9 +80,16 @@ async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let shards: Vec<Expected> = files.iter().filter(|file| file.path.starts_with("shards/")).cloned().collect();
     let mut rows = Vec::new();
     let demo = Demo { store: &store, instance: &instance, readers: args.readers };
+    // Open all the while, they stay out of the node cache: its reads would need no daemon, whose kills would prove nothing.
+    let held = demo.open(&shards)?;
     rows.push(demo.pass("cold", &files, Mode::Buffered, true).await?);
     rows.push(demo.pass("warm", &files, Mode::Buffered, false).await?);
     rows.push(demo.pass("large files, direct I/O", &shards, Mode::Direct, true).await?);
+    drop(held);
+    if rustix::process::geteuid().is_root() {
+        demo.keep(&shards).await?;
+        rows.push(demo.pass("large files, node cache", &shards, Mode::Direct, true).await?);
+    }
 
     instance.stop().await?;
     println!("{}", report::table(&rows));
@@ -139,6 +149,26 @@ struct Demo<'a> {
 impl Demo<'_> {
     async fn sample(&self) -> anyhow::Result<Sample> {
         Sample::new(&self.store.counters(), &self.instance.status().await?)
+    }
+
+    fn open(&self, files: &[Expected]) -> anyhow::Result<Vec<File>> {
+        let open = |file: &Expected| {
+            let path = self.instance.mount.join(&file.path);
+            File::open(&path).with_context(|| format!("opening {}", path.display()))
+        };
+        files.iter().map(open).collect()
+    }
+
+    /// Reads files once more, and waits until all of them are in the node cache.
+    async fn keep(&self, files: &[Expected]) -> anyhow::Result<()> {
+        let row = self.pass("into the node cache", files, Mode::Direct, false).await?;
+        ensure!(row.outcome.errors.is_empty(), "{}", row.outcome.errors.join("\n"));
+        let deadline = Instant::now() + KEPT;
+        while self.instance.kept()? < files.len() {
+            ensure!(Instant::now() < deadline, "the large files were not in the node cache within {KEPT:?}");
+            sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
     }
 
     /// Reads the files once; with `kills`, a worker dies after a third and the daemon after two thirds.

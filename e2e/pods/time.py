@@ -1,15 +1,12 @@
 """Times warm reads: what the kernel had cached of a file is dropped before it is read, so its bytes come through FUSE.
 
-    time.py DIR
+    time.py DIR PASSES
 
-Prints the seconds that the largest file took (after it was read once), and those of all the others, each opened and
-read once.
+Prints the seconds that all files below took, each opened and read so many times, and the bytes read.
 """
 import json, os, sys, time
 
-files = [os.path.join(directory, name) for directory, _, names in os.walk(sys.argv[1]) for name in sorted(names)]
-files.sort()
-largest = max(files, key=os.path.getsize)
+files = sorted(os.path.join(directory, name) for directory, _, names in os.walk(sys.argv[1]) for name in names)
 buffer = bytearray(1 << 20)
 
 
@@ -25,12 +22,6 @@ def read(path):
         os.close(descriptor)
 
 
-def timed(paths):
-    begin = time.monotonic()
-    total = sum(map(read, paths))
-    return time.monotonic() - begin, total
-
-
-seconds, total = timed([largest])
-small, others = timed([path for path in files if path != largest])
-print(json.dumps({"sequential": seconds, "small": small, "bytes": [total, others]}), flush=True)
+begin = time.monotonic()
+total = sum(read(path) for _ in range(int(sys.argv[2])) for path in files)
+print(json.dumps({"seconds": time.monotonic() - begin, "bytes": total}), flush=True)

@@ -114,9 +114,13 @@ impl Cluster {
         self.script("control.sh", &["start", "apiserver"]).map(drop)
     }
 
-    /// Installs the chart as `make e2e` does.
-    pub fn install(&self, root: &Path) -> anyhow::Result<()> {
-        let output = Command::new(root.join("e2e/install.sh")).output().context("e2e/install.sh")?;
+    /// Installs the chart as `make e2e` does, with other values on top (`--set-string`).
+    pub fn install(&self, root: &Path, values: &[&str]) -> anyhow::Result<()> {
+        let mut install = Command::new(root.join("e2e/install.sh"));
+        for value in values {
+            install.args(["--set-string", value]);
+        }
+        let output = install.output().context("e2e/install.sh")?;
         if !output.status.success() {
             bail!("e2e/install.sh: {}", String::from_utf8_lossy(&output.stderr).trim());
         }

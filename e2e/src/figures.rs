@@ -25,7 +25,7 @@ const PODS: usize = 7;
 const NAMESPACE: &str = "e2e-figures";
 
 struct Row {
-    what: &'static str,
+    what: String,
     value: String,
     goal: &'static str,
 }
@@ -43,7 +43,7 @@ pub fn run(env: &Env, words: &[String]) -> anyhow::Result<ExitCode> {
     }
     if let Some(cluster) = &env.cluster {
         if wanted("warm") {
-            print(warm::measure(env)?);
+            print(warm::measure(env, cluster)?);
         }
         if wanted("thousand") {
             thousand::measure(env, cluster)?;
@@ -88,10 +88,10 @@ fn measure(env: &Env) -> anyhow::Result<Vec<Row>> {
     }
     let (with, without) = (median(with), median(without));
     let value = format!("{:.2} s against {:.2} s with an emptyDir", with.as_secs_f64(), without.as_secs_f64());
-    rows.push(Row { what: "pod created -> first byte read (median of 7)", value, goal: "<= +1 s" });
+    rows.push(Row { what: "pod created -> first byte read (median of 7)".to_owned(), value, goal: "<= +1 s" });
 
     rows.push(Row {
-        what: "NodeStageVolume + NodePublishVolume, mean on node1",
+        what: "NodeStageVolume + NodePublishVolume, mean on node1".to_owned(),
         value: format!("{:.0} ms", node_calls(env, "node1")?.as_secs_f64() * 1e3),
         goal: "< 50 ms",
     });
@@ -107,14 +107,14 @@ fn measure(env: &Env) -> anyhow::Result<Vec<Row>> {
                 bytes.push(cluster.resident(node, process)?);
             }
             let largest = bytes.iter().max().context("no such process")?;
-            rows.push(Row { what, value: format!("{:.1} MiB", *largest as f64 / 1048576.0), goal });
+            rows.push(Row { what: what.to_owned(), value: format!("{:.1} MiB", *largest as f64 / 1048576.0), goal });
         }
     }
     Ok(rows)
 }
 
-fn row(what: &'static str, took: Duration, goal: &'static str) -> Row {
-    Row { what, value: format!("{:.2} s", took.as_secs_f64()), goal }
+fn row(what: &str, took: Duration, goal: &'static str) -> Row {
+    Row { what: what.to_owned(), value: format!("{:.2} s", took.as_secs_f64()), goal }
 }
 
 fn median(mut times: Vec<Duration>) -> Duration {
@@ -155,9 +155,16 @@ fn node_calls(env: &Env, node: &str) -> anyhow::Result<Duration> {
 }
 
 /// The metrics of a pod of the chart.
-fn scrape(env: &Env, pod: &str, port: u16) -> anyhow::Result<String> {
+pub(crate) fn scrape(env: &Env, pod: &str, port: u16) -> anyhow::Result<String> {
     let path = format!("/api/v1/namespaces/{}/pods/{pod}:{port}/proxy/metrics", env.system);
     env.kubectl.run(&["get", "--raw", &path])
+}
+
+/// The sum of the values of some lines of a metrics text.
+pub(crate) fn sum(metrics: &str, wanted: impl Fn(&str) -> bool) -> f64 {
+    let values =
+        metrics.lines().filter(|line| wanted(line)).filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok());
+    values.sum()
 }
 
 /// A value of a metrics text; 0 when it is not there.

@@ -59,6 +59,20 @@ spec:
     )
 }
 
+/// A PreloadPolicy of the Dataset `data`, with a line of its spec.
+pub fn preload_policy(name: &str, line: &str) -> String {
+    format!(
+        "apiVersion: forebay.io/v1alpha1
+kind: PreloadPolicy
+metadata: {{name: {name}}}
+spec:
+  datasetRef: {{name: data}}
+  {line}
+---
+"
+    )
+}
+
 /// What most tests begin with: the runtime `cache`, the Secret, and the Dataset `data` over a bucket.
 pub fn usual(store: &Store, bucket: &str, workers: u32) -> String {
     runtime("cache", workers, "1Gi") + &secret(SECRET_KEY) + &dataset("data", "cache", &source("/", bucket, &store.url))

@@ -14,6 +14,9 @@ use crate::{
 /// How soon a pod has to run on a busy two-node cluster; the first one of a Dataset waits for its workers, too.
 const START: u64 = 90;
 
+/// What a pod runs that is only there; it goes when it is told to.
+pub const IDLE: [&str; 3] = ["python3", "-c", "import signal; signal.sigwait({signal.SIGTERM})"];
+
 /// What a reader has seen.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct Seen {
@@ -73,8 +76,7 @@ impl Env {
     /// A pod with the claim of `data` that only waits, for commands.
     pub fn idle(&self, namespace: &str, name: &str, node: Option<&str>) -> anyhow::Result<()> {
         self.code(namespace)?;
-        let command = ["python3", "-c", "import signal; signal.sigwait({signal.SIGTERM})"];
-        self.kubectl.apply(namespace, &manifests::pod(name, "data", node, &command))?;
+        self.kubectl.apply(namespace, &manifests::pod(name, "data", node, &IDLE))?;
         self.started(namespace, name)
     }
 

@@ -30,7 +30,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use forebay_keeper::tables::{Counter, RESEND_BIT, Shape};
+use forebay_keeper::tables::{Counter, OpenMode, RESEND_BIT, Shape};
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
     INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier,
@@ -42,7 +42,7 @@ use tokio::{runtime::Handle, sync::Semaphore};
 
 use crate::{
     errno::Errno,
-    fs::{Attributes, DirectoryEntry, EntrySink, FileSystem, PREFERRED_READ, STATFS_BLOCK, XattrReply},
+    fs::{Attributes, DirectoryEntry, EntrySink, FileSystem, Opened, PREFERRED_READ, STATFS_BLOCK, XattrReply},
     tree::Tree,
 };
 
@@ -64,7 +64,8 @@ const WANTED: InitFlags = InitFlags::FUSE_ASYNC_READ
     .union(InitFlags::FUSE_PARALLEL_DIROPS)
     .union(InitFlags::FUSE_EXPLICIT_INVAL_DATA)
     .union(InitFlags::FUSE_HAS_RESEND)
-    .union(InitFlags::FUSE_ALLOW_IDMAP);
+    .union(InitFlags::FUSE_ALLOW_IDMAP)
+    .union(InitFlags::FUSE_PASSTHROUGH);
 
 /// Nodes are never reused, so all are of one generation.
 const GENERATION: Generation = Generation(0);
@@ -138,6 +139,22 @@ fn refuse<T: Tree>(fs: &FileSystem<T>, errno: Errno) -> fuser::Errno {
 /// The kernel opens files (or directories) by itself from now on, with what is cached of them kept.
 fn unneeded() -> fuser::Errno {
     fuser::Errno::from_i32(Errno::ENOSYS.code())
+}
+
+fn reply_opened(reply: ReplyOpen, opened: Opened) {
+    let handle = FileHandle(opened.handle);
+    match opened.mode {
+        // Pages of a node never become stale, and there is nothing to flush.
+        OpenMode::Cached => reply.opened(handle, FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH),
+        OpenMode::Direct => reply.opened(handle, FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH),
+        OpenMode::Passthrough { backing_id } => {
+            // SAFETY: the id is the open table's, which has it as long as it is open; the keeper alone closes it, so it is
+            // taken out again before it is dropped.
+            let backing = unsafe { reply.wrap_backing(backing_id) };
+            reply.opened_passthrough(handle, FopenFlags::FOPEN_NOFLUSH, &backing);
+            let _ = backing.into_raw();
+        }
+    }
 }
 
 fn system_time(ns: i64) -> SystemTime {
@@ -253,6 +270,8 @@ impl<T: Tree> Filesystem for Adapter<T> {
         // What is not offered is left out, so this is never refused.
         let _ = config.add_capabilities(WANTED & offered);
         let _ = config.set_max_background(MAX_BACKGROUND);
+        // Passthrough is refused without it; and it is not offered where it was not agreed.
+        let _ = config.set_max_stack_depth(1);
         Ok(())
     }
 
@@ -298,11 +317,8 @@ impl<T: Tree> Filesystem for Adapter<T> {
         self.run(&self.metadata, async move {
             match fs.shape().await {
                 Shape::Small => reply.error(unneeded()),
-                Shape::Large => match fs.open(unique, ino.0, flags.0) {
-                    // Pages of a node never become stale, and there is nothing to flush.
-                    Ok(handle) => {
-                        reply.opened(FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH);
-                    }
+                Shape::Large => match fs.open(unique, ino.0, flags.0).await {
+                    Ok(opened) => reply_opened(reply, opened),
                     Err(errno) => reply.error(refuse(&fs, errno)),
                 },
             }
@@ -341,6 +357,7 @@ impl<T: Tree> Filesystem for Adapter<T> {
         reply: ReplyEmpty,
     ) {
         self.count(Counter::Release, request);
+        let _context = self.runtime.enter();
         self.fs.release(fh.0);
         reply.ok();
     }

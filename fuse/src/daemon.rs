@@ -30,10 +30,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     adapter::Adapter,
-    config::{ConfigError, VolumeConfig},
+    config::{ConfigError, DatasetRef, VolumeConfig},
     fs::{FileSystem, Options, Tables},
     invalidation::follow,
+    local::{Desk, LocalFiles},
     metrics::{Metrics, VolumeSource, carry_over},
+    node_cache::{NodeCache, NodeCacheOptions},
     notices::Notices,
     remote::Workers,
     session::{self, Running},
@@ -67,6 +69,8 @@ pub struct DaemonOptions {
     pub metrics: Metrics,
     /// Where they are shown over HTTP as well.
     pub http: Option<SocketAddr>,
+    /// Where whole files are kept on this node; without it, none are.
+    pub node_cache: Option<NodeCacheOptions>,
     /// Memory for file contents over all volumes, in bytes. `None`: each volume has what its configuration says.
     pub memory: Option<usize>,
 }
@@ -81,6 +85,7 @@ impl DaemonOptions {
             leave_patience: LEAVE_PATIENCE,
             metrics: Metrics::default(),
             http: None,
+            node_cache: None,
             memory: None,
         }
     }
@@ -139,7 +144,8 @@ pub fn run(options: DaemonOptions) -> Result<(), DaemonError> {
 /// [`run`] with trees from elsewhere.
 pub fn run_with<V: Volumes>(options: DaemonOptions, volumes: V) -> Result<(), DaemonError> {
     // The budget belongs to whoever makes the trees.
-    let DaemonOptions { socket, name, connect_deadline, leave_patience, metrics, http, memory: _ } = options;
+    let DaemonOptions { socket, name, connect_deadline, leave_patience, metrics, http, node_cache, memory: _ } =
+        options;
     let threads = std::thread::available_parallelism().map_or(MIN_THREADS, |count| count.get().max(MIN_THREADS));
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(threads)
@@ -163,7 +169,10 @@ pub fn run_with<V: Volumes>(options: DaemonOptions, volumes: V) -> Result<(), Da
         LinkOptions { name: name.clone(), progress, deadline: Duration::ZERO }
     };
     let Some(link) = connect(&socket, options, connect_deadline, &stop)? else { return Ok(()) };
-    let mut daemon = Daemon { runtime, link, leave_patience, volumes, metrics, held: HashMap::new() };
+    let node_cache = node_cache.map(NodeCache::new);
+    metrics.set_node_cache(node_cache.clone());
+    let desk = Desk::new(link.backings());
+    let mut daemon = Daemon { runtime, link, leave_patience, volumes, metrics, node_cache, desk, held: HashMap::new() };
     let result = daemon.serve(&stop);
     // Everything is left to the exit. Ending the runtime would drop requests, and a request that is dropped is answered
     // with an error; one that is merely taken is sent again to the next daemon. And as long as the link stands, the
@@ -244,6 +253,8 @@ struct Daemon<V: Volumes> {
     leave_patience: Duration,
     volumes: V,
     metrics: Metrics,
+    node_cache: Option<NodeCache>,
+    desk: Desk,
     held: HashMap<String, Volume<V::Tree>>,
 }
 
@@ -299,6 +310,7 @@ impl<V: Volumes> Daemon<V> {
                     }
                 }
                 Some(Message::Detach { volume }) => self.detach(&volume),
+                Some(Message::Backing { volume, node, result }) => self.desk.answered(volume, node, &result),
                 Some(Message::Go) if leaving.is_some() => break,
                 Some(Message::Go) => tracing::warn!("may go without having asked"),
                 Some(Message::Stop) => break,
@@ -343,7 +355,17 @@ impl<V: Volumes> Daemon<V> {
         };
         let notices = Arc::new(Notices::new());
         let options = Options { ttl: config.ttl(), directory_time_ns: config.mounted_at_ns };
-        let fs = Arc::new(FileSystem::new(tree, tables, notices.clone(), options));
+        let mut fs = FileSystem::new(tree, tables, notices.clone(), options);
+        if let Some(cache) = &self.node_cache {
+            let opens = &fs.tables().opens;
+            let local = LocalFiles::new(volume.clone(), cache.clone(), self.desk.clone(), opens);
+            if let DatasetRef::Id(dataset) = config.dataset {
+                let _context = self.runtime.enter();
+                local.is_of(dataset);
+            }
+            fs = fs.with_local(local);
+        }
+        let fs = Arc::new(fs);
         let adapter = Adapter::new(fs.clone(), self.runtime.handle().clone(), config.deadline());
         let changes = {
             let _context = self.runtime.enter();

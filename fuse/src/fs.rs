@@ -15,16 +15,19 @@
 //!
 //! Not handled: writing of any kind.
 
+mod names;
 mod pages;
 mod readers;
-mod throttle;
 mod xattr;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use forebay_keeper::tables::{
-    Counter, Counters, FIRST_ID, Node, NodeKind, NodeTable, OpenMode, OpenTable, Shape, TableFull,
+    Counter, Counters, FIRST_ID, Node, NodeKind, NodeTable, OpenMode, OpenTable, ROOT_ID, Shape, TableFull,
 };
 use forebay_protocol::{
     DatasetPath, FileVersion,
@@ -35,14 +38,17 @@ use tokio::{sync::OnceCell, time::timeout};
 
 pub use self::xattr::XattrReply;
 use self::{
+    names::Names,
     pages::{Held, PAGE_ENTRIES, Pages, Ticket},
     readers::Readers,
-    throttle::Throttle,
-    xattr::Attribute,
+    xattr::{Attribute, Place},
 };
 use crate::{
     errno::{self, During, Errno},
+    local::{Asked, LocalFiles, Request},
+    node_cache::{Key, SMALLEST},
     notices::Notices,
+    throttle::Throttle,
     tree::{Entry, EntryKind, Inspection, Reader, Totals, Tree, TreeError, sort_key},
 };
 
@@ -123,6 +129,15 @@ pub struct Found {
     ticket: Option<Ticket>,
 }
 
+/// An open file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Opened {
+    /// Its handle.
+    pub handle: u64,
+    /// How the kernel is to read it.
+    pub mode: OpenMode,
+}
+
 /// What statfs(2) tells: the dataset's sums, and no free space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Statistics {
@@ -168,9 +183,11 @@ pub struct FileSystem<T: Tree> {
     options: Options,
     shape: OnceCell<Shape>,
     pages: Pages,
+    names: Names,
     readers: Readers<T::Reader>,
     totals: Mutex<Totals>,
     complaints: Throttle,
+    local: Option<LocalFiles>,
 }
 
 impl<T: Tree> FileSystem<T> {
@@ -183,10 +200,17 @@ impl<T: Tree> FileSystem<T> {
             options,
             shape: OnceCell::new(),
             pages: Pages::default(),
+            names: Names::new(),
             readers: Readers::new(),
             totals: Mutex::default(),
             complaints: Throttle::default(),
+            local: None,
         }
+    }
+
+    /// The same, with files on this node.
+    pub(crate) fn with_local(self, local: LocalFiles) -> Self {
+        Self { local: Some(local), ..self }
     }
 
     /// How long the kernel may keep names and attributes.
@@ -251,7 +275,14 @@ impl<T: Tree> FileSystem<T> {
                 self.readers.sweep();
             }
         };
-        tokio::join!(self.shape(), totals, sweeps);
+        let name_local = async {
+            if let Some(local) = &self.local
+                && let Some(dataset) = self.tree.dataset().await
+            {
+                local.is_of(dataset);
+            }
+        };
+        tokio::join!(self.shape(), totals, sweeps, name_local);
     }
 
     /// Forgets what is kept of a directory's listing, or of all listings. Before the kernel is told to ask again.
@@ -261,6 +292,9 @@ impl<T: Tree> FileSystem<T> {
 
     /// An entry of a directory. When the kernel has the answer, [`Self::answered`] is to be called.
     pub async fn lookup(&self, parent: u64, name: &[u8]) -> Result<Found, Errno> {
+        if let Some(found) = self.known(parent, name) {
+            return Ok(found);
+        }
         let directory = self.directory(parent)?;
         if name.len() > MAX_NAME {
             return Err(Errno::ENAMETOOLONG);
@@ -271,22 +305,33 @@ impl<T: Tree> FileSystem<T> {
         if directory.join(name).is_err() {
             return Err(Errno::ENAMETOOLONG);
         }
+        if self.names.missed(parent) {
+            self.list_names(parent, &directory).await;
+            if let Some(found) = self.known(parent, name) {
+                return Ok(found);
+            }
+        }
         let mut asked = 0;
-        let (answer, ticket) = loop {
-            let ticket = self.pages.ticket(parent);
+        let (answer, ticket, at) = loop {
+            let (ticket, at) = (self.pages.ticket(parent), Instant::now());
             let answer = self.tree.lookup(&directory, name).await;
             asked += 1;
             if self.pages.is_current(ticket) {
-                break (answer, Some(ticket));
+                break (answer, Some(ticket), at);
             }
             if asked > ASK_AGAIN {
-                break (answer, None);
+                break (answer, None, at);
             }
         };
         let attributes = match answer {
             Ok(entry) => {
                 let attributes = self.intern(parent, &entry)?;
+                // What a worker says and another one denies is asked for the next time, too.
+                let disputed = self.readers.is_gone(attributes.id);
                 self.readers.is_current(attributes.id);
+                if let Some(ticket) = ticket.filter(|_| !disputed) {
+                    self.names.keep(attributes.id, ticket, at, self.ttl());
+                }
                 Some(attributes)
             }
             Err(TreeError::NotFound) => None,
@@ -298,6 +343,38 @@ impl<T: Tree> FileSystem<T> {
             (Some(_), None) => self.absent_ttl(),
         };
         Ok(Found { attributes, ttl, ticket })
+    }
+
+    /// An entry that was looked up or listed before, and is still what it was.
+    fn known(&self, parent: u64, name: &[u8]) -> Option<Found> {
+        let id = self.tables.nodes.current(parent, name)?;
+        let ticket = self.pages.ticket(parent);
+        let ttl = self.names.good_for(id, ticket)?;
+        if self.readers.is_gone(id) {
+            return None;
+        }
+        let attributes = self.getattr(id).ok()?;
+        Some(Found { attributes: Some(attributes), ttl, ticket: Some(ticket) })
+    }
+
+    /// Has the names of a directory known, if one page holds all of them. Whoever needs one asks for it otherwise.
+    async fn list_names(&self, id: u64, directory: &DatasetPath) {
+        let Ok((held, _)) = self.fetch(id, directory, &Bytes::new()).await else { return };
+        if held.page.end {
+            for entry in &held.page.entries {
+                if let Ok(attributes) = self.intern(id, entry) {
+                    self.keep_name(attributes.id, &held);
+                }
+            }
+        }
+        self.names.listed(id, held.page.end);
+    }
+
+    /// A listing has led to a node. One that is known to be gone is asked for again.
+    fn keep_name(&self, id: u64, held: &Held) {
+        if !self.readers.is_gone(id) {
+            self.names.keep(id, held.ticket, held.at, self.ttl());
+        }
     }
 
     /// The kernel was given what a look-up found. If something changed between the answer's coming here and its leaving,
@@ -315,23 +392,35 @@ impl<T: Tree> FileSystem<T> {
         Ok(self.attributes(id, &self.node(id)?.kind))
     }
 
-    /// Opens a file of a mount for large ones; the handle. `unique` is that of the request: a request that is sent again gets the same handle.
-    pub fn open(&self, unique: u64, id: u64, flags: i32) -> Result<u64, Errno> {
+    /// Opens a file of a mount for large ones. `unique` is that of the request: one that is sent again gets the same handle.
+    pub async fn open(&self, unique: u64, id: u64, flags: i32) -> Result<Opened, Errno> {
         if flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0 {
             return Err(Errno::EROFS);
         }
-        match self.node(id)?.kind {
+        let version = match self.node(id)?.kind {
             NodeKind::Directory => return Err(Errno::EISDIR),
-            NodeKind::File { .. } => {}
-        }
+            NodeKind::File { version } => version,
+        };
         // The kernel answers ESTALE by looking the path up again, so the program gets the new version and no error.
         if self.readers.is_gone(id) {
             return Err(Errno::ESTALE);
         }
-        self.tables.opens.open(unique, id, OpenMode::Cached).map_err(|error| {
+        let opens = &self.tables.opens;
+        let opened = match &self.local {
+            Some(local) => {
+                let path = self.path(id)?;
+                let file = Asked { node: id, path: &path, version: &version };
+                let request = Request { unique, file };
+                local.open(opens, request, || self.tree.open(path.clone(), version.clone())).await
+            }
+            None => opens.open(unique, id, OpenMode::Cached),
+        };
+        let handle = opened.map_err(|error| {
             self.complain("open", &error);
             Errno::ENFILE
-        })
+        })?;
+        let mode = opens.handle(handle).map_or(OpenMode::Cached, |handle| handle.mode);
+        Ok(Opened { handle, mode })
     }
 
     /// Bytes of a file: fewer than `size` only at its end.
@@ -340,18 +429,34 @@ impl<T: Tree> FileSystem<T> {
             let node = self.node(id)?;
             let NodeKind::File { version } = node.kind else { return Err(Errno::EISDIR) };
             let path = self.path(id)?;
-            let size = version.size;
-            Ok((self.tree.open(path, version), size))
+            let (size, key) = (version.size, self.small_key(id, &path, &version));
+            Ok((self.tree.open(path, version), size, key))
         })?;
         let len = held.size.saturating_sub(offset).min(u64::from(size)) as usize;
         if len == 0 {
             return Ok(Vec::new());
         }
-        let error = match held.reader.read(offset, len).await {
+        let small = self.local.as_ref().zip(held.key);
+        let here = match small {
+            Some((local, key)) => local.read(key, offset, len).await,
+            None => None,
+        };
+        let was_here = here.is_some();
+        let answer = match here {
+            Some(bytes) => Ok(vec![bytes]),
+            None => held.reader.read(offset, len).await,
+        };
+        let error = match answer {
             Ok(bytes) => {
                 let got: usize = bytes.iter().map(Bytes::len).sum();
                 if got == len {
+                    if let Some((local, key)) = small
+                        && !was_here
+                    {
+                        local.was_read(key, offset, &bytes, len);
+                    }
                     self.tables.counters.add(Counter::BytesRead, len as u64);
+                    held.count(len as u64);
                     // Nobody will say that the file was closed.
                     if offset + len as u64 == held.size && self.shape.get() == Some(&Shape::Small) {
                         self.readers.close(id);
@@ -366,6 +471,7 @@ impl<T: Tree> FileSystem<T> {
         let errno = errno::of(&error, During::Data);
         if errno == Errno::ESTALE && held.set_gone() {
             // The name leads to a version that is gone: whoever opens it next must ask.
+            self.names.forget(id);
             if let Some(node) = self.tables.nodes.resolve(id) {
                 self.notices.names(node.parent, vec![node.name]);
             }
@@ -374,12 +480,27 @@ impl<T: Tree> FileSystem<T> {
         Err(self.refuse("read", &path, &error, During::Data))
     }
 
-    /// Closes a handle. Closing it again (a request that is sent again) is nothing.
+    /// What a file is called in the node cache, if it is a small one that is kept there.
+    fn small_key(&self, node: u64, path: &DatasetPath, version: &FileVersion) -> Option<Key> {
+        let local = self.local.as_ref().filter(|_| version.size < SMALLEST)?;
+        local.key(Asked { node, path, version })
+    }
+
+    /// Closes a handle. Closing it again (a request that is sent again) is nothing. Called within the runtime.
     pub fn release(&self, handle: u64) {
         if let Some(released) = self.tables.opens.release(handle)
             && released.last
         {
-            self.readers.close(released.handle.node);
+            let id = released.handle.node;
+            let bytes = self.readers.close(id);
+            if let Some(local) = &self.local
+                && let Ok(Node { kind: NodeKind::File { version }, .. }) = self.node(id)
+                && let Ok(path) = self.path(id)
+            {
+                let file = Asked { node: id, path: &path, version: &version };
+                let reader = || self.tree.open(path.clone(), version.clone());
+                local.closed(&self.tables.opens, file, bytes, reader);
+            }
         }
     }
 
@@ -425,6 +546,7 @@ impl<T: Tree> FileSystem<T> {
                     Err(_) if added => return Ok(()),
                     Err(errno) => return Err(errno),
                 };
+                self.keep_name(attributes.id, &held);
                 if !sink.add(&DirectoryEntry { attributes, offset: attributes.id, name: &entry.name }) {
                     return Ok(());
                 }
@@ -465,11 +587,10 @@ impl<T: Tree> FileSystem<T> {
         Statistics { blocks: totals.bytes.div_ceil(u64::from(STATFS_BLOCK)), files: totals.files }
     }
 
-    /// An extended attribute. Only `user.forebay.cached_bytes` and `.owner` of files ask a worker.
+    /// An extended attribute. Only `user.forebay.cached_bytes` and `.owner` of files ask a worker, and `.revision` all.
     pub async fn getxattr(&self, id: u64, name: &[u8], size: u32) -> Result<XattrReply, Errno> {
         let kind = self.node(id)?.kind;
-        let directory = matches!(kind, NodeKind::Directory);
-        let attribute = Attribute::parse(name, directory).ok_or(Errno::ENODATA)?;
+        let attribute = Attribute::parse(name, place(id, &kind)).ok_or(Errno::ENODATA)?;
         let value = match (attribute, &kind) {
             (Attribute::Version, NodeKind::File { version }) => version.key.as_bytes().to_vec(),
             (Attribute::CachedBytes, NodeKind::File { version }) => {
@@ -479,7 +600,12 @@ impl<T: Tree> FileSystem<T> {
             (Attribute::Owner, NodeKind::Directory) => {
                 self.tree.directory_owner(&self.path(id)?).ok_or(Errno::ENODATA)?.into_bytes()
             }
-            (Attribute::Version | Attribute::CachedBytes, NodeKind::Directory) => return Err(Errno::ENODATA),
+            (Attribute::Revision, NodeKind::Directory) => {
+                let revision = self.tree.totals().await.and_then(|totals| totals.revision);
+                format!("{:016x}", revision.ok_or(Errno::ENODATA)?).into_bytes()
+            }
+            (Attribute::Version | Attribute::CachedBytes, NodeKind::Directory)
+            | (Attribute::Revision, NodeKind::File { .. }) => return Err(Errno::ENODATA),
         };
         XattrReply::fit(value, size)
     }
@@ -494,8 +620,7 @@ impl<T: Tree> FileSystem<T> {
 
     /// The names of a node's extended attributes.
     pub fn listxattr(&self, id: u64, size: u32) -> Result<XattrReply, Errno> {
-        let directory = matches!(self.node(id)?.kind, NodeKind::Directory);
-        XattrReply::fit(Attribute::names(directory), size)
+        XattrReply::fit(Attribute::names(place(id, &self.node(id)?.kind)), size)
     }
 
     /// Whether `mask` (of access(2)) is granted. Asked only without `default_permissions`.
@@ -574,6 +699,15 @@ impl<T: Tree> FileSystem<T> {
         if let Some(suppressed) = self.complaints.allow() {
             tracing::error!(what, %error, suppressed, "a request failed");
         }
+    }
+}
+
+/// Where a node is, as far as its extended attributes depend on it.
+fn place(id: u64, kind: &NodeKind) -> Place {
+    match kind {
+        NodeKind::File { .. } => Place::File,
+        NodeKind::Directory if id == ROOT_ID => Place::Root,
+        NodeKind::Directory => Place::Directory,
     }
 }
 

@@ -11,6 +11,9 @@
 //!   when the next reader does. Dropping the listing's pages is only for a directory of which the kernel knows no name
 //!   any more: pages that are dropped under a listing in progress leave the kernel unable to cache that directory again
 //!   (`fuse_add_dirent_to_cache` looks for the page that it was filling, in vain, for as long as the inode lives);
+//! - no listing is dropped before one was asked for in the mount. There is none then, and the root may still wait for
+//!   its first attributes: the kernel ignores those that were on their way when an inode is invalidated, and a root
+//!   without any has no permission bits, so that who is not root is refused with `EACCES`;
 //! - both wait (on the directory's lock in the kernel) for look-ups and listings that were answered before the change;
 //!   so nothing old enters the cache afterwards. Looking up again what the kernel knows takes no such lock: there an old
 //!   answer is not given with a time to keep it ([`FileSystem::lookup`]), and one that was just on its way to the kernel
@@ -130,6 +133,9 @@ impl<K: KernelCache> Delivery<'_, K> {
     }
 
     fn listing(&self, directory: u64) {
+        if self.counters.get(Counter::Readdir) + self.counters.get(Counter::Readdirplus) == 0 {
+            return;
+        }
         self.entry(directory, BARRIER);
         self.counters.add(Counter::InvalidatedDirectories, 1);
         if let Err(error) = self.kernel.listing(directory) {
@@ -185,7 +191,14 @@ mod tests {
     }
 
     impl Rig {
+        /// Where some directory was listed already.
         fn new() -> Self {
+            let rig = Self::unlisted();
+            rig.fs.counters().add(Counter::Readdir, 1);
+            rig
+        }
+
+        fn unlisted() -> Self {
             let tree = MemoryTree::new();
             let tables = Tables {
                 nodes: Arc::new(NodeTable::create(1 << 20).unwrap()),
@@ -229,6 +242,17 @@ mod tests {
         rig.kernel.known.push(format!("{d}/g"));
         let log = rig.settle(|tree| tree.remove(&path("/d/g")).unwrap()).await;
         assert_eq!(log, [format!("{d}/g")]);
+    }
+
+    #[tokio::test]
+    async fn no_listing_is_dropped_before_one_was_asked_for() {
+        let rig = Rig::unlisted();
+        let log = rig.settle(|tree| drop(tree.put(&path("/f"), Contents::Given(Bytes::new())))).await;
+        assert_eq!(log, ["1/f"]);
+        assert!(rig.settle(|tree| tree.announce(Change::Everything)).await.is_empty());
+        rig.fs.counters().add(Counter::Readdirplus, 1);
+        let log = rig.settle(|tree| tree.announce(Change::Everything)).await;
+        assert_eq!(log, ["1/.", "listing 1"]);
     }
 
     #[tokio::test]

@@ -5,9 +5,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Of a limit, the part that file contents may take. The other half is for what is not counted: the tables of names (shared
-/// memory is charged to whoever writes it first), socket buffers, the runtime.
-const SHARE: u64 = 2;
+/// Of a limit, the part that file contents may take at most and at least. The rest is for what is not counted: the tables
+/// of names (shared memory is charged to whoever writes it first), socket buffers, the runtime.
+const SHARE: (u64, u64) = (2, 8);
+/// What stays for that where the limit allows it: a daemon that has shown a million names takes 160 MiB.
+const REST: u64 = 192 << 20;
 /// The most that is taken where nobody set a limit, and the part of the machine's memory.
 const UNLIMITED: (u64, u64) = (1 << 30, 4);
 
@@ -21,7 +23,7 @@ pub fn default_memory_budget() -> usize {
 fn budget(limit: Option<u64>, machine: Option<u64>) -> u64 {
     // Version 1 writes "no limit" as a number that no machine has.
     match limit.filter(|limit| machine.is_none_or(|machine| *limit < machine)) {
-        Some(limit) => limit / SHARE,
+        Some(limit) => (limit / SHARE.0).min(limit.saturating_sub(REST)).max(limit / SHARE.1),
         None => machine.map_or(UNLIMITED.0, |machine| (machine / UNLIMITED.1).min(UNLIMITED.0)),
     }
 }
@@ -101,7 +103,9 @@ mod tests {
     #[test]
     fn the_budget_is_a_part_of_what_there_is() {
         let machine = Some(16 << 30);
-        assert_eq!(budget(Some(512 * MIB), machine), 256 * MIB);
+        for (limit, given) in [(4096, 2048), (512, 256), (256, 64), (200, 25), (64, 8)] {
+            assert_eq!(budget(Some(limit * MIB), machine), given * MIB);
+        }
         assert_eq!(budget(Some(i64::MAX as u64 & !4095), machine), 1 << 30);
         assert_eq!(budget(None, Some(2 << 30)), 512 * MIB);
         assert_eq!(budget(None, None), 1 << 30);

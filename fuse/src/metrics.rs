@@ -21,7 +21,7 @@ use forebay_keeper::{
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use crate::{fs::FileSystem, notices::Notices, tree::Tree};
+use crate::{fs::FileSystem, node_cache::NodeCache, notices::Notices, tree::Tree};
 
 /// The numbers of one volume.
 #[derive(Clone, Debug)]
@@ -99,6 +99,7 @@ pub struct Metrics {
     volumes: Arc<Mutex<BTreeMap<String, VolumeSource>>>,
     linked: Arc<AtomicBool>,
     memory: Arc<Mutex<Option<MemoryBudget>>>,
+    node_cache: Arc<Mutex<Option<NodeCache>>>,
 }
 
 impl fmt::Debug for Metrics {
@@ -131,6 +132,11 @@ impl Metrics {
         *self.memory.lock() = memory;
     }
 
+    /// The node cache, if there is one.
+    pub(crate) fn set_node_cache(&self, cache: Option<NodeCache>) {
+        *self.node_cache.lock() = cache;
+    }
+
     fn memory(&self, volumes: &[VolumeMetrics]) -> MemoryUsage {
         if let Some(shared) = &*self.memory.lock() {
             return shared.usage();
@@ -150,7 +156,8 @@ impl Exposed for Metrics {
     async fn metrics(&self) -> Result<String, fmt::Error> {
         let volumes = self.snapshot();
         let memory = self.memory(&volumes);
-        text::Snapshot { linked: self.linked.load(Ordering::Relaxed), memory, volumes }.text()
+        let node_cache = self.node_cache.lock().as_ref().map(NodeCache::usage).unwrap_or_default();
+        text::Snapshot { linked: self.linked.load(Ordering::Relaxed), memory, node_cache, volumes }.text()
     }
 
     fn not_ready(&self) -> Option<String> {

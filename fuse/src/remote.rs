@@ -105,6 +105,16 @@ impl Tree for WorkersTree {
         Arc::new(NamedReader::new(self.dataset.clone(), path, version))
     }
 
+    async fn dataset(&self) -> Option<DatasetId> {
+        loop {
+            // An error only says that its deadline passed.
+            if let Ok(dataset) = self.dataset.wait().await {
+                return Some(dataset.id());
+            }
+            tokio::time::sleep(ASK_AGAIN).await;
+        }
+    }
+
     async fn inspect(&self, path: &DatasetPath, version: &FileVersion) -> Result<Inspection, TreeError> {
         self.dataset.wait().await?.inspect(path, version).await
     }
@@ -136,7 +146,11 @@ impl Tree for WorkersTree {
     async fn totals(&self) -> Option<Totals> {
         let ask = statuses(&self.client, self.dataset.id()?);
         let statuses = tokio::time::timeout(TOTALS_DEADLINE * 2, ask).await.ok()?;
-        newest_scan(&statuses).map(|scan| Totals { files: scan.files, bytes: scan.bytes })
+        newest_scan(&statuses).map(|scan| Totals {
+            files: scan.files,
+            bytes: scan.bytes,
+            revision: (scan.state() == ScanState::Complete).then_some(scan.digest),
+        })
     }
 
     async fn shape(&self) -> Option<Shape> {

@@ -9,7 +9,7 @@ use std::{
 use bytes::Bytes;
 pub use forebay_client::{ClientError as TreeError, Entry, EntryKind, Inspection, ListPage};
 use forebay_keeper::{Health, tables::Shape};
-use forebay_protocol::{DatasetPath, FileVersion};
+use forebay_protocol::{DatasetId, DatasetPath, FileVersion};
 use futures::{
     StreamExt,
     stream::{self, BoxStream},
@@ -34,6 +34,8 @@ pub struct Totals {
     pub files: u64,
     /// Their bytes.
     pub bytes: u64,
+    /// Digest of all of them with their versions, when they have all been counted.
+    pub revision: Option<u64>,
 }
 
 /// Something changed at the source.
@@ -68,6 +70,11 @@ pub trait Tree: Send + Sync + 'static {
 
     /// A reader of this version. No request is made: the first read finds out whether it still exists.
     fn open(&self, path: DatasetPath, version: FileVersion) -> Arc<Self::Reader>;
+
+    /// The dataset, as soon as it is known, where a volume's configuration only names it.
+    fn dataset(&self) -> impl Future<Output = Option<DatasetId>> + Send {
+        future::ready(None)
+    }
 
     /// What the cache holds of a version, and whose it is.
     fn inspect(

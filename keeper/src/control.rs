@@ -391,6 +391,21 @@ impl Control {
                     self.tell(Event::AttachFailed { volume, pid, error });
                 }
             }
+            ToKeeper::OpenBacking { volume, node } => {
+                let [file] = fds.as_slice() else { return self.lose(id, LossCause::Garbage) };
+                let result = match self.volumes.get_mut(&volume) {
+                    Some(found) => found.open_backing(id, node, file).map_err(|error| error.to_string()),
+                    None => Err("no such volume".to_owned()),
+                };
+                connection.push(&ToDaemon::Backing { volume, node, result }, None);
+            }
+            ToKeeper::CloseBacking { volume, node, id: backing } => {
+                if let Some(found) = self.volumes.get_mut(&volume)
+                    && let Err(error) = found.close_backing(id, node, backing)
+                {
+                    tracing::warn!(volume, node, backing, %error, "a backing id cannot be closed");
+                }
+            }
             ToKeeper::Health { volume, health } => {
                 if let Some(found) = self.volumes.get_mut(&volume)
                     && found.tell_health(id, &health)

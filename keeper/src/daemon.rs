@@ -93,6 +93,40 @@ pub enum Message {
     Stop,
     /// Exit, if you asked to ([`DaemonLink::leave`]): the keeper holds everything.
     Go,
+    /// The answer to [`Backings::open`].
+    Backing {
+        /// Name of the volume.
+        volume: String,
+        /// The node.
+        node: u64,
+        /// The id, or why there is none.
+        result: Result<u32, String>,
+    },
+}
+
+/// Asks the keeper, who alone may, to have the kernel read nodes from local files. For any thread.
+#[derive(Clone)]
+pub struct Backings {
+    socket: Arc<Mutex<Option<Arc<OwnedFd>>>>,
+}
+
+impl Backings {
+    /// Asks for the backing id of a node of a volume that this daemon serves; [`Message::Backing`] is the answer, which
+    /// does not come when the keeper goes. `file` is a regular file, open for reading only, that never changes.
+    /// `NotConnected` when there is no keeper.
+    pub fn open(&self, volume: &str, node: u64, file: impl AsFd) -> io::Result<()> {
+        self.send(&ToKeeper::OpenBacking { volume: volume.to_owned(), node }, &[file.as_fd()])
+    }
+
+    /// Gives an id back. Nothing may have the node open.
+    pub fn close(&self, volume: &str, node: u64, id: u32) -> io::Result<()> {
+        self.send(&ToKeeper::CloseBacking { volume: volume.to_owned(), node, id }, &[])
+    }
+
+    fn send(&self, message: &ToKeeper, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let socket = self.socket.lock().clone().ok_or(io::ErrorKind::NotConnected)?;
+        socket::send(&socket, &message.encode(), fds)
+    }
 }
 
 /// All that is needed to serve a volume.
@@ -255,6 +289,11 @@ impl DaemonLink {
         }
     }
 
+    /// For whoever passes files through.
+    pub fn backings(&self) -> Backings {
+        Backings { socket: Arc::clone(&self.beating) }
+    }
+
     /// Whether there is a keeper.
     pub fn is_connected(&self) -> bool {
         self.socket.is_some()
@@ -379,6 +418,7 @@ impl DaemonLink {
             (ToDaemon::Role(role), _) => Message::Role(role),
             (ToDaemon::Stop, _) => Message::Stop,
             (ToDaemon::Go, _) => Message::Go,
+            (ToDaemon::Backing { volume, node, result }, _) => Message::Backing { volume, node, result },
             (ToDaemon::Prepare { .. } | ToDaemon::Attach { .. }, Err(_)) => return Err(WireError::Descriptors),
         }))
     }

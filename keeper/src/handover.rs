@@ -38,6 +38,8 @@ pub(crate) const MAX_VOLUME: usize = 255;
 pub(crate) const MAX_CONFIG: usize = 96 * 1024;
 /// An INIT has 104 bytes; kernels to come may add some.
 const MAX_INIT: usize = 4096;
+/// In place of a backing id.
+const NO_BACKING: u64 = u64::MAX;
 /// Longest text of an error or a name of a daemon, in bytes; longer ones are cut.
 const MAX_TEXT: usize = 1024;
 
@@ -85,6 +87,12 @@ pub(crate) enum ToDaemon {
     Stop,
     /// The keeper has everything that this daemon holds: one that is leaving may exit.
     Go,
+    /// The answer to `OpenBacking`: the id, or why there is none.
+    Backing {
+        volume: String,
+        node: u64,
+        result: Result<u32, String>,
+    },
 }
 
 /// Daemon to keeper.
@@ -126,6 +134,17 @@ pub(crate) enum ToKeeper {
     Health {
         volume: String,
         health: Health,
+    },
+    /// A node is to be read from a file, whose descriptor comes along. An open id of that node is given again.
+    OpenBacking {
+        volume: String,
+        node: u64,
+    },
+    /// It is not any more: nothing has it open.
+    CloseBacking {
+        volume: String,
+        node: u64,
+        id: u32,
     },
 }
 
@@ -220,6 +239,13 @@ impl ToDaemon {
             Self::Detach { volume } => Writer::new(4).bytes(volume.as_bytes()).0,
             Self::Stop => Writer::new(5).0,
             Self::Go => Writer::new(6).0,
+            Self::Backing { volume, node, result } => {
+                let (id, error) = match result {
+                    Ok(id) => (u64::from(*id), ""),
+                    Err(error) => (NO_BACKING, error.as_str()),
+                };
+                Writer::new(7).bytes(volume.as_bytes()).u64(*node).u64(id).text(error).0
+            }
         }
     }
 
@@ -243,6 +269,16 @@ impl ToDaemon {
             4 => Self::Detach { volume: fields.text(MAX_VOLUME)? },
             5 => Self::Stop,
             6 => Self::Go,
+            7 => {
+                let (volume, node) = (fields.text(MAX_VOLUME)?, fields.u64()?);
+                let (id, error) = (fields.u64()?, fields.text(MAX_TEXT)?);
+                let result = match u32::try_from(id) {
+                    Ok(id) if error.is_empty() => Ok(id),
+                    Err(_) if id == NO_BACKING => Err(error),
+                    _ => return Err(WireError::Field),
+                };
+                Self::Backing { volume, node, result }
+            }
             kind => return Err(WireError::Kind(kind)),
         };
         let fds = if matches!(kind, 2 | 3) { MAX_FDS } else { 0 };
@@ -268,6 +304,10 @@ impl ToKeeper {
                 let writer = Writer::new(32).bytes(volume.as_bytes()).u64(state_number(*state));
                 writer.bytes(reason.as_bytes()).bytes(message.as_bytes()).0
             }
+            Self::OpenBacking { volume, node } => Writer::new(23).bytes(volume.as_bytes()).u64(*node).0,
+            Self::CloseBacking { volume, node, id } => {
+                Writer::new(24).bytes(volume.as_bytes()).u64(*node).u64(u64::from(*id)).0
+            }
         }
     }
 
@@ -291,6 +331,12 @@ impl ToKeeper {
             },
             21 => Self::Holding { volume: fields.text(MAX_VOLUME)? },
             22 => Self::Leaving,
+            23 => Self::OpenBacking { volume: fields.text(MAX_VOLUME)?, node: fields.u64()? },
+            24 => Self::CloseBacking {
+                volume: fields.text(MAX_VOLUME)?,
+                node: fields.u64()?,
+                id: u32::try_from(fields.u64()?).map_err(|_| WireError::Field)?,
+            },
             32 => Self::Health {
                 volume: fields.text(MAX_VOLUME)?,
                 health: Health {
@@ -301,7 +347,11 @@ impl ToKeeper {
             },
             kind => return Err(WireError::Kind(kind)),
         };
-        let fds = if kind == 20 { MAX_FDS } else { 0 };
+        let fds = match kind {
+            20 => MAX_FDS,
+            23 => 1,
+            _ => 0,
+        };
         Ok((fields.end(message)?, fds))
     }
 }
@@ -345,6 +395,8 @@ mod tests {
             ToDaemon::Detach { volume: volume.clone() },
             ToDaemon::Stop,
             ToDaemon::Go,
+            ToDaemon::Backing { volume: volume.clone(), node: 9, result: Ok(3) },
+            ToDaemon::Backing { volume: volume.clone(), node: 9, result: Err("no".to_owned()) },
         ] {
             let bytes = message.encode();
             assert!(bytes.len() <= MAX_PACKET);
@@ -361,6 +413,8 @@ mod tests {
             ToKeeper::Held { volume: volume.clone(), generation: 7, init: vec![7; 104], config: vec![1; 1000] },
             ToKeeper::Holding { volume: volume.clone() },
             ToKeeper::Leaving,
+            ToKeeper::OpenBacking { volume: volume.clone(), node: 9 },
+            ToKeeper::CloseBacking { volume: volume.clone(), node: 9, id: 3 },
             ToKeeper::Health { volume: volume.clone(), health: Health::default() },
             ToKeeper::Health { volume: volume.clone(), health: Health::new(HealthState::Degraded, "Some", "text") },
             ToKeeper::Health { volume, health: Health::new(HealthState::Inaccessible, "NoWorker", "") },

@@ -267,6 +267,8 @@ pub struct VolumeStatus {
     pub nodes: NodeStats,
     /// Most handles that were ever open at once.
     pub handles_high_water: u64,
+    /// Nodes that this keeper had the kernel read from local files, and still has.
+    pub backings: u64,
 }
 
 /// One daemon.

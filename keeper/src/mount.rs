@@ -278,7 +278,7 @@ pub(crate) fn mount(spec: &MountSpec, target: PathBuf) -> Result<Mounted, MountE
             return Err(system(format!("{} is not in the mount table", target.display()))(error));
         }
     };
-    match answer_init(&fuse) {
+    match answer_init(&fuse, spec.mode == MountMode::Kernel) {
         Ok(negotiated) => {
             // After the reply, which sets it to what the kernel offered (128 KiB) at most.
             if let Err(error) = set_read_ahead(device, spec.read_ahead_kib) {
@@ -389,7 +389,7 @@ fn run_fusermount(spec: &MountSpec, target: &Path, allow_other: bool) -> Result<
     fuse.ok_or_else(|| MountError::Invalid("no descriptor came from fusermount3".to_owned()))
 }
 
-fn answer_init(fuse: &OwnedFd) -> Result<init::Negotiated, MountError> {
+fn answer_init(fuse: &OwnedFd, passthrough: bool) -> Result<init::Negotiated, MountError> {
     let timeout = || io::Error::new(io::ErrorKind::TimedOut, format!("no FUSE_INIT within {STEP:?}"));
     match socket::wait(fuse, PollFlags::IN, Some(STEP)) {
         Ok(true) => {}
@@ -399,7 +399,7 @@ fn answer_init(fuse: &OwnedFd) -> Result<init::Negotiated, MountError> {
     let mut buffer = vec![0; READ_BUFFER];
     let read = rustix::io::retry_on_intr(|| rustix::io::read(fuse, &mut buffer[..]))
         .map_err(|error| system("cannot read FUSE_INIT")(error.into()))?;
-    let negotiated = init::negotiate(&buffer[..read], true)?;
+    let negotiated = init::negotiate(&buffer[..read], true, passthrough)?;
     let flags = rustix::fs::fcntl_getfl(fuse).map_err(|error| system("cannot read descriptor flags")(error.into()))?;
     rustix::fs::fcntl_setfl(fuse, flags - rustix::fs::OFlags::NONBLOCK)
         .map_err(|error| system("cannot set descriptor flags")(error.into()))?;

@@ -85,6 +85,48 @@ pub(crate) fn fuse_ended(fuse: impl AsFd) -> bool {
     matches!(rustix::event::poll(&mut fds, Some(&zero)), Ok(1..)) && fds[0].revents().contains(PollFlags::ERR)
 }
 
+/// `struct fuse_backing_map` of `include/uapi/linux/fuse.h`.
+#[repr(C)]
+struct BackingMap {
+    fd: i32,
+    flags: u32,
+    padding: u64,
+}
+
+/// `_IOW(229, 1, struct fuse_backing_map)`.
+const BACKING_OPEN: libc::c_ulong = 0x4010_e501;
+/// `_IOW(229, 2, uint32_t)`.
+const BACKING_CLOSE: libc::c_ulong = 0x4004_e502;
+
+/// Registers a file with a connection: the id by which opens are passed through to it. `EPERM` without CAP_SYS_ADMIN, or
+/// when passing through was not accepted at INIT.
+pub(crate) fn open_backing(fuse: impl AsFd, file: impl AsFd) -> io::Result<u32> {
+    let map = BackingMap { fd: file.as_fd().as_raw_fd(), flags: 0, padding: 0 };
+    // SAFETY: the kernel reads one `fuse_backing_map`, which lives until the call returns.
+    let id = unsafe { libc::ioctl(fuse.as_fd().as_raw_fd(), BACKING_OPEN, &raw const map) };
+    u32::try_from(id).map_err(|_| io::Error::last_os_error())
+}
+
+/// Takes a registration back. What is open through it stays so.
+pub(crate) fn close_backing(fuse: impl AsFd, id: u32) -> io::Result<()> {
+    // SAFETY: the kernel reads one u32, which lives until the call returns.
+    let result = unsafe { libc::ioctl(fuse.as_fd().as_raw_fd(), BACKING_CLOSE, &raw const id) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Checks that a descriptor that a daemon gave can be read in place of a node: it is of a regular file, and for reading
+/// only. Whoever serves a volume decides about its bytes anyhow.
+pub(crate) fn check_backing(file: impl AsFd) -> io::Result<()> {
+    use rustix::fs::{AtFlags, FileType, OFlags, StatxFlags};
+    let flags = rustix::fs::fcntl_getfl(&file)?;
+    let stat = rustix::fs::statx(&file, "", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE)?;
+    let regular = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::RegularFile;
+    if !regular || flags.contains(OFlags::PATH) || flags & OFlags::RWMODE != OFlags::RDONLY {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file that is open for reading only"));
+    }
+    Ok(())
+}
+
 /// MISC_MAJOR and FUSE_MINOR of the kernel.
 const FUSE_DEVICE: (u32, u32) = (10, 229);
 

@@ -260,8 +260,7 @@ impl Work<'_, '_> {
             return Ok(());
         }
         if let Some(EntryRecord::File { version, shadowed: true }) = entry(self.entries, self.id, name)? {
-            self.running.sums.files += 1;
-            self.running.sums.bytes = self.running.sums.bytes.saturating_add(version.size);
+            self.running.sums.add_file(name, &version);
             self.running.sums.hidden = self.running.sums.hidden.saturating_sub(1);
             self.change(name, changes);
             self.put(name, &EntryRecord::File { version, shadowed: false })?;
@@ -282,8 +281,7 @@ impl Work<'_, '_> {
         if shadowed {
             sums.hidden += 1;
         } else {
-            sums.files += 1;
-            sums.bytes = sums.bytes.saturating_add(version.size);
+            sums.add_file(name, version);
         }
         let new = EntryRecord::File { version: version.clone(), shadowed };
         if old.as_ref() == Some(&new) {
@@ -317,8 +315,7 @@ impl Work<'_, '_> {
         if let Some(EntryRecord::File { version, shadowed: false }) = entry(self.entries, self.id, name)? {
             // Its sort key is smaller, so it is of this listing and counted.
             let sums = &mut self.running.sums;
-            sums.files = sums.files.saturating_sub(1);
-            sums.bytes = sums.bytes.saturating_sub(version.size);
+            sums.remove_file(name, &version);
             sums.hidden += 1;
             self.put(name, &EntryRecord::File { version: version.clone(), shadowed: true })?;
             if !self.running.fresh {

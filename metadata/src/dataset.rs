@@ -167,6 +167,8 @@ pub(crate) struct Inner {
     pub(crate) namespace: RwLock<Arc<Namespace>>,
     pub(crate) options: DatasetOptions,
     generation: AtomicU64,
+    /// What directories are listed under, if it is higher: ahead of the generation that is answered.
+    ahead: AtomicU64,
     /// Held while the generation is raised, so that every caller gets a number of its own.
     raising: tokio::sync::Mutex<()>,
     /// Held while sources are replaced.
@@ -203,6 +205,7 @@ impl DatasetIndex {
             namespace: RwLock::new(namespace.clone()),
             options,
             generation: AtomicU64::new(generation),
+            ahead: AtomicU64::new(0),
             raising: tokio::sync::Mutex::new(()),
             replacing: tokio::sync::Mutex::new(()),
             superseded,
@@ -249,7 +252,7 @@ impl DatasetIndex {
         let wanted = name.clone();
         let kind = self
             .inner
-            .ask(dir, false, move |txn, key, generation| query::lookup(txn, key, generation, &wanted))
+            .ask(dir, 0, false, move |txn, key, generation| query::lookup(txn, key, generation, &wanted))
             .await?
             .ok_or(MetadataError::NotFound)?;
         Ok(Entry { name, kind })
@@ -267,7 +270,9 @@ impl DatasetIndex {
         self.adopt_generation(generation);
         let limit = limit.clamp(1, MAX_LIST);
         let after = Bytes::copy_from_slice(after);
-        self.inner.ask(dir, false, move |txn, key, generation| query::page(txn, key, generation, &after, limit)).await
+        self.inner
+            .ask(dir, 0, false, move |txn, key, generation| query::page(txn, key, generation, &after, limit))
+            .await
     }
 
     /// Lists a directory to its end, if it is not listed under `generation` or a later one, and gives its sums (with
@@ -281,12 +286,39 @@ impl DatasetIndex {
     ) -> Result<DirectoryScan, MetadataError> {
         self.adopt_generation(generation);
         let after = Bytes::copy_from_slice(after);
-        self.inner.ask(dir, true, move |txn, key, generation| query::scan(txn, key, generation, &after)).await
+        self.inner.ask(dir, 0, true, move |txn, key, generation| query::scan(txn, key, generation, &after)).await
+    }
+
+    /// As [`Self::scan_directory`], ahead of need: the directory is listed under `generation`, which is not adopted, so
+    /// that look-ups and listings are answered meanwhile, from what is known, however long the source takes.
+    pub async fn scan_ahead(
+        &self,
+        generation: u64,
+        dir: &DatasetPath,
+        after: &[u8],
+    ) -> Result<DirectoryScan, MetadataError> {
+        let generation = generation.min(MAX_GENERATION);
+        self.adopt_ahead(generation);
+        let after = Bytes::copy_from_slice(after);
+        self.inner
+            .ask(dir, generation, true, move |txn, key, generation| query::scan(txn, key, generation, &after))
+            .await
     }
 
     /// The highest generation that is known here.
     pub fn generation(&self) -> u64 {
         self.inner.generation()
+    }
+
+    /// The highest generation under which anything was listed here, or that [`Self::adopt_ahead`] was told: one above it is
+    /// new to every directory.
+    pub fn listing_generation(&self) -> u64 {
+        self.inner.listing_generation()
+    }
+
+    /// Takes over a generation under which somebody else lists ahead of need. Nobody waits for it.
+    pub fn adopt_ahead(&self, generation: u64) {
+        self.inner.ahead.fetch_max(generation.min(MAX_GENERATION), Ordering::AcqRel);
     }
 
     /// Takes over a generation that somebody else knows, if it is higher. Directories listed under older ones are listed
@@ -440,9 +472,20 @@ impl Inner {
         directory_key(self.id, directory).into()
     }
 
-    /// Asks the database, and again whenever the directory's listing has moved. `settled`: not while it is listed, and
-    /// the deadline is for each step.
-    async fn ask<T, F>(self: &Arc<Self>, dir: &DatasetPath, settled: bool, question: F) -> Result<T, MetadataError>
+    /// What directories are listed under.
+    pub(crate) fn listing_generation(&self) -> u64 {
+        self.generation().max(self.ahead.load(Ordering::Acquire))
+    }
+
+    /// Asks the database, and again whenever the directory's listing has moved. `least`: the generation that is wanted, if
+    /// it is above the dataset's. `settled`: not while it is listed, and the deadline is for each step.
+    async fn ask<T, F>(
+        self: &Arc<Self>,
+        dir: &DatasetPath,
+        least: u64,
+        settled: bool,
+        question: F,
+    ) -> Result<T, MetadataError>
     where
         T: Send + 'static,
         F: Fn(&ReadTransaction, &[u8], u64) -> Result<Answer<T>, IndexError> + Send + Sync + 'static,
@@ -456,16 +499,12 @@ impl Inner {
             if self.closed.is_cancelled() {
                 return Err(MetadataError::Closed);
             }
-            let generation = self.generation();
-            match self.verdicts.get(dir) {
-                Some(Verdict { namespace, .. }) if self.is_replaced(namespace) => {}
-                Some(Verdict { what: Found::Missing { generation: of }, .. }) if of >= generation => {
-                    return Err(MetadataError::NotFound);
-                }
-                Some(Verdict { what: Found::Failed { error, until }, .. }) if Instant::now() < until => {
-                    return Err(error);
-                }
-                _ => {}
+            let generation = self.generation().max(least);
+            let verdict = self.verdicts.get(dir).filter(|verdict| !self.is_replaced(verdict.namespace));
+            if let Some(Verdict { what: Found::Missing { generation: of }, .. }) = verdict
+                && of >= generation
+            {
+                return Err(MetadataError::NotFound);
             }
             if !(settled && listing.is_some()) {
                 let (question, key) = (question.clone(), key.clone());
@@ -501,7 +540,7 @@ impl Inner {
                             match outcome.result {
                                 Err(MetadataError::Closed) => return Err(MetadataError::Closed),
                                 Err(_) if self.is_replaced(outcome.namespace) => {}
-                                Err(MetadataError::NotFound) if outcome.generation < self.generation() => {}
+                                Err(MetadataError::NotFound) if outcome.generation < self.generation().max(least) => {}
                                 Err(error) => return Err(error),
                                 Ok(()) => {}
                             }

@@ -101,7 +101,8 @@ impl Inner {
         self.slots.lock().get(directory).cloned()
     }
 
-    /// The listing of a directory, begun now if it is not under way.
+    /// The listing of a directory, begun now if it is not under way. One that failed is not begun again for a while: its
+    /// error is the answer, but only for who cannot be answered from what was listed before.
     pub(crate) fn ensure_listing(
         self: &Arc<Self>,
         directory: &DatasetPath,
@@ -111,6 +112,13 @@ impl Inner {
             let mut progress = progress.clone();
             progress.mark_unchanged();
             return Ok(progress);
+        }
+        // A listing leaves its verdict before it leaves its slot.
+        if let Some(Verdict { namespace, what: Found::Failed { error, until } }) = self.verdicts.get(directory)
+            && !self.is_replaced(namespace)
+            && Instant::now() < until
+        {
+            return Err(error);
         }
         if slots.len() >= MAX_LISTINGS {
             return Err(MetadataError::Unavailable(format!("{MAX_LISTINGS} directories wait to be listed")));
@@ -160,7 +168,7 @@ impl Slot {
         let mut repairs = 0;
         loop {
             let namespace = inner.namespace();
-            *terms = Terms { generation: inner.generation(), namespace: namespace.serial() };
+            *terms = Terms { generation: inner.listing_generation(), namespace: namespace.serial() };
             let view = namespace.view(directory);
             if view.source.is_none() && !view.always {
                 return Err(MetadataError::NotFound);

@@ -7,7 +7,7 @@ use crate::{
     dataset::{Entry, EntryKind, ListPage},
     error::IndexError,
     index::{DIRECTORIES, ENTRIES},
-    record::{DirectoryRecord, EntryRecord, directory_sort_key, entry_key, split_sort_key},
+    record::{DirectoryRecord, EntryRecord, directory_sort_key, entry_key, path_of_key, split_sort_key},
     scan::DirectoryScan,
 };
 
@@ -44,8 +44,9 @@ impl Listed {
 impl DirectoryRecord {
     pub(crate) fn listed(&self, generation: u64) -> Listed {
         match (&self.running, &self.complete) {
+            // Perhaps listed again ahead of need: some rows are newer then, and none is missing.
+            (_, Some(complete)) if complete.generation >= generation => Listed::Completely,
             (Some(running), _) if running.generation >= generation => Listed::Until(running.passed.clone()),
-            (None, Some(complete)) if complete.generation >= generation => Listed::Completely,
             _ => Listed::Until(Bytes::new()),
         }
     }
@@ -152,6 +153,7 @@ pub(crate) fn scan(
         scan.bytes = complete.sums.bytes;
         scan.hidden = complete.sums.hidden;
         scan.changed = complete.changed;
+        scan.digest = complete.sums.digest_at(path_of_key(key).unwrap_or_default().as_ref());
     }
     if complete.sums.directories == 0 {
         return Ok(Answer::Ready(scan));

@@ -176,7 +176,7 @@ fn correct(
         directories.insert(key, record.encode(key).as_slice())?;
         return Ok(Outcome::Done(changes));
     }
-    count(sums, old.as_ref(), new.as_ref(), shadowed);
+    count(sums, name, old.as_ref(), new.as_ref(), shadowed);
     match &new {
         Some(version) => {
             let row = EntryRecord::File { version: version.clone(), shadowed };
@@ -207,13 +207,16 @@ fn same_place(a: &DirectoryRecord, b: &DirectoryRecord) -> bool {
     place(a) == place(b)
 }
 
-fn count(sums: &mut Sums, old: Option<&FileVersion>, new: Option<&FileVersion>, shadowed: bool) {
-    let (gone, come) = (u64::from(old.is_some()), u64::from(new.is_some()));
+fn count(sums: &mut Sums, name: &[u8], old: Option<&FileVersion>, new: Option<&FileVersion>, shadowed: bool) {
     if shadowed {
+        let (gone, come) = (u64::from(old.is_some()), u64::from(new.is_some()));
         sums.hidden = (sums.hidden + come).saturating_sub(gone);
         return;
     }
-    sums.files = (sums.files + come).saturating_sub(gone);
-    let size = |version: Option<&FileVersion>| version.map_or(0, |version| version.size);
-    sums.bytes = sums.bytes.saturating_add(size(new)).saturating_sub(size(old));
+    if let Some(old) = old {
+        sums.remove_file(name, old);
+    }
+    if let Some(new) = new {
+        sums.add_file(name, new);
+    }
 }

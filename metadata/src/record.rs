@@ -20,9 +20,10 @@
 
 use bytes::Bytes;
 use forebay_protocol::{DatasetId, DatasetPath, FileVersion, VersionKey};
+use xxhash_rust::xxh3::Xxh3;
 
 /// Version of everything in this file. A database with another one is rebuilt.
-pub const FORMAT: u64 = 0x464f_5245_4241_5902;
+pub const FORMAT: u64 = 0x464f_5245_4241_5903;
 
 /// Longest resume point that is taken from a store. It may be a key that cannot be shown, so longer than a name: S3 keys
 /// have up to 1,024 bytes.
@@ -58,6 +59,8 @@ pub struct Sums {
     pub directories: u64,
     /// Keys of the source that are not shown.
     pub hidden: u64,
+    /// Sum of the digests of the files that are shown: another one, another directory.
+    pub digest: u64,
 }
 
 /// A listing that came to its end.
@@ -87,7 +90,7 @@ pub struct Running {
 }
 
 /// What is remembered of a directory. While `running` is set, entries up to `running.passed` are of that listing, those
-/// after it of an older one, and `complete` is outdated.
+/// after it of an older one, and the sums of `complete` are outdated.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DirectoryRecord {
     /// Names its entries; never used again.
@@ -265,12 +268,49 @@ impl DirectoryRecord {
     }
 }
 
+/// Of a file: its name, size and version key.
+fn file_digest(name: &[u8], version: &FileVersion) -> u64 {
+    let mut hasher = Xxh3::new();
+    hasher.update(&(name.len() as u64).to_le_bytes());
+    hasher.update(name);
+    hasher.update(&version.size.to_le_bytes());
+    hasher.update(version.key.as_bytes());
+    hasher.digest()
+}
+
 impl Sums {
+    /// A file is shown.
+    pub fn add_file(&mut self, name: &[u8], version: &FileVersion) {
+        self.files += 1;
+        self.bytes = self.bytes.saturating_add(version.size);
+        self.digest = self.digest.wrapping_add(file_digest(name, version));
+    }
+
+    /// A file that was shown is not any more.
+    pub fn remove_file(&mut self, name: &[u8], version: &FileVersion) {
+        self.files = self.files.saturating_sub(1);
+        self.bytes = self.bytes.saturating_sub(version.size);
+        self.digest = self.digest.wrapping_sub(file_digest(name, version));
+    }
+
+    /// Digest of what is shown at a place in the tree; 0 when that is nothing.
+    pub fn digest_at(&self, directory: &[u8]) -> u64 {
+        if self.files == 0 {
+            return 0;
+        }
+        let mut hasher = Xxh3::new();
+        hasher.update(&self.digest.to_le_bytes());
+        hasher.update(directory);
+        hasher.digest()
+    }
+
     fn put(&self, out: &mut Vec<u8>) {
-        let Self { files, bytes, directories, hidden } = *self;
+        let Self { files, bytes, directories, hidden, digest } = *self;
         for value in [files, bytes, directories, hidden] {
             put_varint(out, value);
         }
+        // As good as random: a varint would be longer.
+        out.extend_from_slice(&digest.to_le_bytes());
     }
 
     fn take(input: &mut &[u8]) -> Result<Self, DecodeError> {
@@ -279,6 +319,11 @@ impl Sums {
             bytes: take_varint(input)?,
             directories: take_varint(input)?,
             hidden: take_varint(input)?,
+            digest: {
+                let (digest, rest) = input.split_first_chunk().ok_or(DecodeError)?;
+                *input = rest;
+                u64::from_le_bytes(*digest)
+            },
         })
     }
 }
@@ -468,7 +513,13 @@ mod tests {
     }
 
     fn any_sums() -> impl Strategy<Value = Sums> {
-        any::<[u64; 4]>().prop_map(|[files, bytes, directories, hidden]| Sums { files, bytes, directories, hidden })
+        any::<[u64; 5]>().prop_map(|[files, bytes, directories, hidden, digest]| Sums {
+            files,
+            bytes,
+            directories,
+            hidden,
+            digest,
+        })
     }
 
     fn any_directory() -> impl Strategy<Value = DirectoryRecord> {
@@ -550,7 +601,7 @@ mod tests {
     /// Fails when the bytes on disk change: raise [`FORMAT`] with them.
     #[test]
     fn the_format_is_pinned() {
-        assert_eq!(FORMAT, 0x464f_5245_4241_5902);
+        assert_eq!(FORMAT, 0x464f_5245_4241_5903);
         let etag = "\"d41d8cd98f00b204e9800998ecf8427e\"";
         let key = entry_key(7, b"name");
         assert_eq!(key, b"\0\0\0\0\0\0\0\x07name");
@@ -558,8 +609,11 @@ mod tests {
         let mut rows = file.encode(&key);
         assert_eq!(rows.len(), 2 + 1 + 3 + 5 + 16);
         rows.extend(EntryRecord::Directory.encode(b"d/"));
-        let complete =
-            Complete { generation: 3, sums: Sums { files: 1, bytes: 300, directories: 2, hidden: 4 }, changed: 5 };
+        let complete = Complete {
+            generation: 3,
+            sums: Sums { files: 1, bytes: 300, directories: 2, hidden: 4, digest: 9 },
+            changed: 5,
+        };
         let running = Running {
             generation: 4,
             passed: Bytes::from_static(b"k"),
@@ -571,7 +625,12 @@ mod tests {
         rows.extend(DatasetRecord { generation: 300 }.encode(b"y"));
         rows.extend(SourceRecord { fingerprint: 0x0102_0304_0506_0708 }.encode(b"z"));
         assert_eq!(crc32c::crc32c(&rows), PINNED);
+        // Revisions are compared with those that others have seen.
+        let mut sums = Sums::default();
+        sums.add_file(b"name", &version(100_000, 1_700_000_000 * SECOND, etag));
+        assert_eq!((sums.digest, sums.digest_at(b"/d")), DIGESTS);
     }
 
-    const PINNED: u32 = 0x348494cc;
+    const PINNED: u32 = 2_050_044_106;
+    const DIGESTS: (u64, u64) = (12_536_415_809_475_496_675, 17_801_487_822_195_252_530);
 }

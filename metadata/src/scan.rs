@@ -30,6 +30,8 @@ pub struct DirectoryScan {
     /// Entries that its last listing found added, changed or removed; 0 for the first listing. A name that turned from
     /// file to directory, or back, counts more than once.
     pub changed: u64,
+    /// Digest of its files, with their versions, and of its path.
+    pub digest: u64,
     /// Names of subdirectories, in order.
     pub subdirectories: Vec<Bytes>,
     /// There are no more subdirectories.
@@ -76,6 +78,9 @@ pub struct ScanProgress {
     pub hidden: u64,
     /// Entries added, changed or removed.
     pub changed: u64,
+    /// Sum of the digests of its directories: the same files in the same versions have the same, whenever they are
+    /// listed, and by whom.
+    pub digest: u64,
     /// Why it failed.
     pub error: Option<String>,
 }
@@ -189,7 +194,7 @@ impl Scanner {
                 Ok(Scanned::Gone) => return Err(format!("{directory}: {}", MetadataError::NotFound)),
                 Err(error) => return Err(format!("{directory}: {error}")),
             };
-            let DirectoryScan { files, bytes, hidden, changed, subdirectories, end } = page;
+            let DirectoryScan { files, bytes, hidden, changed, digest, subdirectories, end } = page;
             if !end {
                 let Some(last) = subdirectories.last() else {
                     return Err(format!("{directory}: its owner gave an empty page that is not the last"));
@@ -210,6 +215,7 @@ impl Scanner {
                 progress.bytes = progress.bytes.saturating_add(bytes);
                 progress.hidden += hidden;
                 progress.changed += changed;
+                progress.digest = progress.digest.wrapping_add(digest);
                 progress.directories += u64::from(after.is_empty());
             });
         }
@@ -300,6 +306,7 @@ mod tests {
                     bytes: 10 * first,
                     hidden: first,
                     changed: first,
+                    digest: first,
                     subdirectories,
                     end,
                 })
@@ -328,6 +335,7 @@ mod tests {
                 directories,
                 hidden: directories,
                 changed: directories,
+                digest: directories,
                 error: None,
             }
         );

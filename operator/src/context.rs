@@ -1,4 +1,4 @@
-//! What both reconcilers work with.
+//! What all reconcilers work with.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -34,7 +34,7 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_
 /// Pause after a conflict.
 const CONFLICT: Duration = Duration::from_millis(300);
 
-/// What both reconcilers work with.
+/// What all reconcilers work with.
 pub struct Context {
     pub client: Client,
     pub stores: Arc<Stores>,
@@ -77,6 +77,11 @@ impl Memory {
 }
 
 impl Memory {
+    /// Whether numbers were written too recently to be written again.
+    pub fn is_resting(&self, now: Instant) -> bool {
+        self.numbers.is_some_and(|(written, rest)| now.duration_since(written) < rest)
+    }
+
     /// Takes a turn that comes with pauses from the first to the last of `pauses`, each twice as long as the one before.
     /// `Some`: it is not time yet.
     pub fn touch(&mut self, now: Instant, pauses: (Duration, Duration)) -> Option<Duration> {
@@ -116,7 +121,9 @@ impl Context {
         let datasets = self.stores.datasets.state();
         let runtimes = self.stores.runtimes.state();
         let uids = datasets.iter().filter_map(|object| object.metadata.uid.as_deref());
-        let uids: HashSet<&str> = uids.chain(runtimes.iter().filter_map(|o| o.metadata.uid.as_deref())).collect();
+        let policies = self.stores.policies.state();
+        let uids = uids.chain(runtimes.iter().filter_map(|o| o.metadata.uid.as_deref()));
+        let uids: HashSet<&str> = uids.chain(policies.iter().filter_map(|o| o.metadata.uid.as_deref())).collect();
         self.memory.lock().retain(|uid, _| uids.contains(uid.as_str()));
         self.applied.retain(&uids);
         self.metrics.datasets.set(i64::try_from(datasets.len()).unwrap_or(i64::MAX));

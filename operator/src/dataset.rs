@@ -9,6 +9,7 @@ mod delete;
 mod dereference;
 mod finalizer;
 mod orphans;
+mod refresh;
 mod status;
 mod validate;
 
@@ -67,9 +68,17 @@ pub async fn reconcile(dataset: Arc<Dataset>, context: Arc<Context>) -> Result<A
     if outcome == Outcome::Ending {
         return Ok(Action::requeue(AGAIN));
     }
-    let rest = status::publish(&context, &dataset, &found, &outcome).await.map_err(doing("writing the status"))?;
+    let refresh = refresh::requested(&dataset);
+    let refreshed = match refresh {
+        Some(asked) if refresh::begin(&context, &dataset, &found).await => Some(asked.to_owned()),
+        _ => None,
+    };
+    let waits = refresh.is_some() && refreshed.is_none();
+    let published = status::publish(&context, &dataset, &found, &outcome, refreshed).await;
+    let rest = published.map_err(doing("writing the status"))?;
     match outcome {
         Outcome::Failed(message) => Err(DatasetError::Apply(message)),
+        Outcome::Bound if waits => Ok(Action::requeue(AGAIN)),
         Outcome::Bound => Ok(Action::requeue(rest.unwrap_or_else(resync))),
         Outcome::Binding(_, pause) => Ok(Action::requeue(pause)),
         Outcome::NameTaken(_) | Outcome::Invalid(_) | Outcome::Ending => Ok(Action::requeue(AGAIN)),

@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Reasons that stand for waiting, which is nothing to be warned of.
-const CALM: [&str; 9] = [
+const CALM: [&str; 14] = [
     "Serving",
     "Scanning",
     "Scanned",
@@ -24,6 +24,11 @@ const CALM: [&str; 9] = [
     "RuntimeNotReady",
     "VolumeNotBound",
     "HostPath",
+    "Waiting",
+    "Loading",
+    "Loaded",
+    "Suspended",
+    "DatasetNotReady",
 ];
 
 /// Where events are published.

@@ -12,6 +12,8 @@ pub const MANAGER: &str = "forebay-operator";
 pub const RUNTIME: &str = "forebay.io/runtime";
 /// Label with the name of a Dataset.
 pub const DATASET: &str = "forebay.io/dataset";
+/// Label with the name of a PreloadPolicy.
+pub const POLICY: &str = "forebay.io/preload-policy";
 /// Finalizer of Datasets: their claim, their volume and the bytes on workers are to be removed.
 pub const FINALIZER: &str = "forebay.io/dataset";
 /// Selects everything we made.
@@ -38,6 +40,16 @@ pub fn of_runtime(runtime: &str) -> Labels {
 /// Labels of what is made for a Dataset.
 pub fn of_dataset(dataset: &str) -> Labels {
     map([("app.kubernetes.io/name", "forebay"), ("app.kubernetes.io/managed-by", MANAGER), (DATASET, dataset)])
+}
+
+/// Labels of what is made for a PreloadPolicy.
+pub fn of_policy(policy: &str) -> Labels {
+    map([
+        ("app.kubernetes.io/name", "forebay"),
+        ("app.kubernetes.io/component", "preload"),
+        ("app.kubernetes.io/managed-by", MANAGER),
+        (POLICY, policy),
+    ])
 }
 
 /// Who an object is made for.

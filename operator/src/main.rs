@@ -1,7 +1,8 @@
-//! `forebay-operator`: makes what Datasets and CacheRuntimes ask for, and says how they are.
+//! `forebay-operator`: makes what Datasets, CacheRuntimes and PreloadPolicies ask for, and says how they are.
 //!
 //! - [`watch`]: what the cluster holds, in memory, and who is told when it changes;
-//! - [`runtime`], [`dataset`]: the two reconcilers, each dereference, validate, build, apply, status;
+//! - [`runtime`], [`dataset`]: the reconcilers of what is there, each dereference, validate, build, apply, status;
+//! - [`policy`]: the reconciler of what is done, from what is due to Jobs and from what workers say to a status;
 //! - [`poll`]: what the workers say, every few seconds;
 //! - [`apply`]: server-side apply that takes over nothing that belongs to somebody else;
 //! - [`election`]: one of several operators works, the others wait;
@@ -25,6 +26,8 @@ mod key;
 mod labels;
 mod metrics;
 mod numbers;
+mod pods;
+mod policy;
 mod poll;
 mod run;
 mod runtime;

@@ -21,14 +21,14 @@ use kube::runtime::reflector::ObjectRef;
 use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, Semaphore},
-    task::JoinSet,
+    task::{AbortHandle, JoinSet},
     time::{interval, sleep, timeout},
 };
 use tonic::transport::Channel;
 use tracing::debug;
 
 use self::book::{Answer, Book};
-pub use self::book::{DatasetSeen, RuntimeSeen, ScanState};
+pub use self::book::{DatasetSeen, RunSeen, RuntimeSeen, ScanState};
 #[cfg(test)]
 pub use self::book::{Problem, ScanSeen, WorkerSeen};
 use crate::{context::Context, labels::Owner};
@@ -37,13 +37,15 @@ use crate::{context::Context, labels::Owner};
 const EVERY: (Duration, Duration) = (Duration::from_secs(3), Duration::from_millis(10));
 /// How often while something is expected to change, in runtimes of up to so many workers.
 const EAGER: (Duration, usize) = (Duration::from_secs(1), 64);
+/// How often a runtime without workers is looked at: a new table wakes its task.
+const ALONE: Duration = Duration::from_secs(30);
 /// How long a worker may take: with the interval, what it does not say is known within 5 s.
 const DEADLINE: Duration = Duration::from_millis(1500);
 /// Questions under way at once, of all runtimes.
 const CALLS: usize = 64;
 /// Largest answer: 4,096 Datasets of 2 KiB each, twice.
 const MAX_ANSWER: usize = 16 << 20;
-/// How often it is looked for runtimes that came or went.
+/// How often it is looked for runtimes that came or went, and for new tables.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// The last answers, by UID of the CacheRuntime.
@@ -99,18 +101,20 @@ pub async fn run(context: Arc<Context>) {
     let calls = Arc::new(Semaphore::new(CALLS));
     // Dropping the set ends the tasks.
     let mut tasks = JoinSet::new();
-    let mut running: BTreeMap<String, tokio::task::AbortHandle> = BTreeMap::new();
+    // And the epoch of the table that each has seen.
+    let mut running: BTreeMap<String, (AbortHandle, Option<u64>)> = BTreeMap::new();
     let mut look = interval(LOOK);
     loop {
         look.tick().await;
         while tasks.try_join_next().is_some() {}
-        let mut present: BTreeMap<String, Owner> = BTreeMap::new();
+        let mut present: BTreeMap<String, (Owner, Option<u64>)> = BTreeMap::new();
         for runtime in context.stores.runtimes.state() {
             if let Some(owner) = Owner::of(&*runtime) {
-                present.insert(owner.uid.clone(), owner);
+                let table = runtime.status.as_ref().and_then(|status| status.table.as_ref());
+                present.insert(owner.uid.clone(), (owner, table.map(|table| table.epoch)));
             }
         }
-        running.retain(|uid, task| {
+        running.retain(|uid, (task, _)| {
             let stays = present.contains_key(uid);
             if !stays {
                 task.abort();
@@ -118,8 +122,13 @@ pub async fn run(context: Arc<Context>) {
             }
             stays
         });
-        for (uid, owner) in present {
-            running.entry(uid).or_insert_with(|| tasks.spawn(follow(context.clone(), owner, calls.clone())));
+        for (uid, (owner, epoch)) in present {
+            let start = || (tasks.spawn(follow(context.clone(), owner, calls.clone())), epoch);
+            let (_, seen) = running.entry(uid.clone()).or_insert_with(start);
+            if *seen != epoch {
+                *seen = epoch;
+                context.observations.wake(&uid);
+            }
         }
     }
 }
@@ -146,11 +155,13 @@ async fn follow(context: Arc<Context>, owner: Owner, calls: Arc<Semaphore>) {
 
         let datasets = context.stores.datasets_of(&owner.namespace, &owner.name);
         let seen = book.enter(answers, &datasets);
-        // Without workers nobody can say anything new, and whoever names the first one wakes this.
-        let eager = seen.expects_change(&datasets) && (1..=EAGER.1).contains(&members.len());
+        let pause = match members.len() {
+            0 => ALONE,
+            members if members <= EAGER.1 && seen.expects_change(&datasets) => EAGER.0,
+            members => EVERY.0.max(EVERY.1 * members as u32),
+        };
         tell(&context, &owner, &name, &datasets, asked, seen);
 
-        let pause = if eager { EAGER.0 } else { EVERY.0.max(EVERY.1 * members.len() as u32) };
         tokio::select! {
             () = sleep(pause) => {}
             () = wake.notified() => {}
@@ -179,6 +190,13 @@ fn tell(
         let members_changed = before.as_ref().is_none_or(|before| before.reachability() != seen.reachability());
         if dataset_changed || members_changed {
             context.queues.datasets.push(ObjectRef::from_obj(&**dataset));
+        }
+        let runs = |seen: &RuntimeSeen| seen.datasets.get(&id).map(|seen| seen.runs.clone()).unwrap_or_default();
+        if before.as_ref().is_none_or(|before| runs(before) != runs(&seen)) {
+            context
+                .stores
+                .policies_of(&owner.namespace, dataset)
+                .for_each(|policy| context.queues.policies.push(policy));
         }
     }
 }

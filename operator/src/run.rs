@@ -27,6 +27,7 @@ use crate::{
     events::Events,
     key::Master,
     metrics::{Kind, Metrics},
+    policy,
     poll::{self, Observations},
     runtime,
     watch::{self, Queues},
@@ -100,6 +101,7 @@ async fn work(client: Client, args: &RunArgs, master: Master, metrics: Arc<Metri
     tasks.spawn(poll::run(context.clone()));
     tasks.spawn(datasets(context.clone()));
     tasks.spawn(runtimes(context.clone()));
+    tasks.spawn(policies(context.clone()));
     tasks.spawn(sweeps(context));
     // None of them ends.
     match tasks.join_next().await {
@@ -132,6 +134,20 @@ async fn runtimes(context: Arc<Context>) {
     let queue = context.queues.runtimes.clone().stream();
     let config = controller::Config::default().concurrency(CONCURRENCY).debounce(GATHER);
     applier(reconcile, runtime::failed, context.clone(), context.stores.runtimes.clone(), Box::pin(queue), config)
+        .for_each(|done| async { report(done) })
+        .await;
+}
+
+async fn policies(context: Arc<Context>) {
+    let reconcile = |policy, context: Arc<Context>| {
+        Box::pin(async move {
+            let metrics = context.metrics.clone();
+            metrics.timed(Kind { kind: "PreloadPolicy" }, policy::reconcile(policy, context)).await
+        })
+    };
+    let queue = context.queues.policies.clone().stream();
+    let config = controller::Config::default().concurrency(CONCURRENCY).debounce(GATHER);
+    applier(reconcile, policy::failed, context.clone(), context.stores.policies.clone(), Box::pin(queue), config)
         .for_each(|done| async { report(done) })
         .await;
 }

@@ -1,8 +1,11 @@
 //! Objects of Kubernetes as far as we look at them: a watch over thousands keeps only this in memory.
 
 use k8s_openapi::{
-    api::core::v1::{PersistentVolume, PersistentVolumeClaim, Pod},
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+    api::{
+        batch::v1::Job,
+        core::v1::{PersistentVolume, PersistentVolumeClaim, Pod},
+    },
+    apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time},
 };
 use kube::Resource;
 use serde::Deserialize;
@@ -82,6 +85,42 @@ impl WorkerPod {
     /// Whether it was asked to go.
     pub fn is_terminating(&self) -> bool {
         self.metadata.deletion_timestamp.is_some()
+    }
+}
+
+/// The Job of a run.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct JobView {
+    pub metadata: ObjectMeta,
+    #[serde(default)]
+    pub status: JobStatus,
+}
+view_of!(JobView, Job, kube::core::NamespaceResourceScope);
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct JobStatus {
+    pub conditions: Vec<JobCondition>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct JobCondition {
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub status: String,
+    pub reason: String,
+    pub message: String,
+    pub last_transition_time: Option<Time>,
+}
+
+impl JobView {
+    /// How it ended, if it did: the condition `Complete` or `Failed`.
+    pub fn end(&self) -> Option<&JobCondition> {
+        let ends = |condition: &&JobCondition| {
+            condition.status == "True" && matches!(condition.kind.as_str(), "Complete" | "Failed")
+        };
+        self.status.conditions.iter().find(ends)
     }
 }
 

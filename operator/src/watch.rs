@@ -12,7 +12,7 @@ mod ripples;
 
 use std::{hash::Hash, sync::Arc};
 
-use forebay_api::{CacheRuntime, Dataset};
+use forebay_api::{CacheRuntime, Dataset, PreloadPolicy};
 use futures::{FutureExt as _, StreamExt as _, future::try_join_all};
 use k8s_openapi::api::{
     apps::v1::StatefulSet,
@@ -37,8 +37,8 @@ use tracing::warn;
 pub use self::queue::Queue;
 use self::{pauses::Pauses, ripples::Ripples};
 use crate::{
-    labels::{self, DATASET, RUNTIME, SELECTOR},
-    views::{ClaimView, VolumeView, WorkerPod},
+    labels::{self, DATASET, POLICY, RUNTIME, SELECTOR},
+    views::{ClaimView, JobView, VolumeView, WorkerPod},
 };
 
 /// Objects asked for at once when a watch begins; bounds what is in memory twice.
@@ -53,6 +53,8 @@ pub type Metas<K> = Store<PartialObjectMeta<K>>;
 pub struct Stores {
     pub datasets: Store<Dataset>,
     pub runtimes: Store<CacheRuntime>,
+    pub policies: Store<PreloadPolicy>,
+    pub jobs: Store<JobView>,
     pub pods: Store<WorkerPod>,
     pub claims: Store<ClaimView>,
     pub volumes: Store<VolumeView>,
@@ -60,7 +62,7 @@ pub struct Stores {
     pub services: Metas<Service>,
     pub service_accounts: Metas<ServiceAccount>,
     pub budgets: Metas<PodDisruptionBudget>,
-    pub policies: Metas<NetworkPolicy>,
+    pub network_policies: Metas<NetworkPolicy>,
     pub role_bindings: Metas<RoleBinding>,
 }
 
@@ -69,6 +71,7 @@ pub struct Stores {
 pub struct Queues {
     pub datasets: Queue<Dataset>,
     pub runtimes: Queue<CacheRuntime>,
+    pub policies: Queue<PreloadPolicy>,
 }
 
 impl Stores {
@@ -77,11 +80,22 @@ impl Stores {
         datasets_of(&self.datasets, namespace, runtime)
     }
 
+    /// PreloadPolicies of a Dataset, by name.
+    pub fn policies_of(
+        &self,
+        namespace: &str,
+        dataset: &Dataset,
+    ) -> impl Iterator<Item = ObjectRef<PreloadPolicy>> + use<> {
+        policies_of(&self.policies, namespace, &dataset.name_any())
+    }
+
     /// Waits until every store is complete.
     pub async fn ready(&self) -> anyhow::Result<()> {
         let Self {
             datasets,
             runtimes,
+            policies,
+            jobs,
             pods,
             claims,
             volumes,
@@ -89,12 +103,14 @@ impl Stores {
             services,
             service_accounts,
             budgets,
-            policies,
+            network_policies,
             role_bindings,
         } = self;
         try_join_all([
             datasets.wait_until_ready().boxed(),
             runtimes.wait_until_ready().boxed(),
+            policies.wait_until_ready().boxed(),
+            jobs.wait_until_ready().boxed(),
             pods.wait_until_ready().boxed(),
             claims.wait_until_ready().boxed(),
             volumes.wait_until_ready().boxed(),
@@ -102,7 +118,7 @@ impl Stores {
             services.wait_until_ready().boxed(),
             service_accounts.wait_until_ready().boxed(),
             budgets.wait_until_ready().boxed(),
-            policies.wait_until_ready().boxed(),
+            network_policies.wait_until_ready().boxed(),
             role_bindings.wait_until_ready().boxed(),
         ])
         .await?;
@@ -116,11 +132,23 @@ fn datasets_of(datasets: &Store<Dataset>, namespace: &str, runtime: &str) -> Vec
     })
 }
 
+fn policies_of(
+    policies: &Store<PreloadPolicy>,
+    namespace: &str,
+    dataset: &str,
+) -> impl Iterator<Item = ObjectRef<PreloadPolicy>> + use<> {
+    let found = policies.state_filter(|policy| {
+        policy.spec.dataset_ref.name == dataset && policy.metadata.namespace.as_deref() == Some(namespace)
+    });
+    found.into_iter().map(|policy| ObjectRef::from_obj(&*policy))
+}
+
 /// Begins all watches; they run until `tasks` is dropped.
 pub fn start(client: &Client, queues: &Queues, tasks: &mut JoinSet<()>) -> Arc<Stores> {
     let (datasets, datasets_writer) = reflector::store();
     let (runtimes, runtimes_writer) = reflector::store();
-    let mut watches = Watches { client, queues, tasks, datasets, runtimes };
+    let (policies, policies_writer) = reflector::store();
+    let mut watches = Watches { client, queues, tasks, datasets, runtimes, policies };
     let with = |label: &str| watcher::Config::default().labels(&format!("{SELECTOR},{label}")).page_size(PAGE);
     let all = watcher::Config::default().page_size(PAGE);
 
@@ -138,13 +166,16 @@ pub fn start(client: &Client, queues: &Queues, tasks: &mut JoinSet<()>) -> Arc<S
         services: watches.children(with(RUNTIME)),
         service_accounts: watches.children(with(RUNTIME)),
         budgets: watches.children(with(RUNTIME)),
-        policies: watches.children(with(RUNTIME)),
+        network_policies: watches.children(with(RUNTIME)),
         role_bindings: watches.children(with(RUNTIME)),
+        jobs: watches.of_policies(with(POLICY)),
         datasets: watches.datasets.clone(),
         runtimes: watches.runtimes.clone(),
+        policies: watches.policies.clone(),
     };
     watches.datasets(all.clone(), datasets_writer);
-    watches.runtimes(all, runtimes_writer);
+    watches.runtimes(all.clone(), runtimes_writer);
+    watches.policies(all, policies_writer);
     Arc::new(stores)
 }
 
@@ -154,15 +185,46 @@ struct Watches<'a> {
     tasks: &'a mut JoinSet<()>,
     datasets: Store<Dataset>,
     runtimes: Store<CacheRuntime>,
+    policies: Store<PreloadPolicy>,
 }
 
 impl Watches<'_> {
     fn datasets(&mut self, config: watcher::Config, writer: Writer<Dataset>) {
-        let (queue, all) = (self.queues.datasets.clone(), self.datasets.clone());
+        let (queues, all, policies) = (self.queues.clone(), self.datasets.clone(), self.policies.clone());
         self.tasks.spawn(follow(self.client, config, writer, move |change| match change {
-            Change::Put(dataset) | Change::Gone(dataset) => queue.push(ObjectRef::from_obj(dataset)),
+            Change::Put(dataset) | Change::Gone(dataset) => {
+                queues.datasets.push(ObjectRef::from_obj(dataset));
+                let namespace = dataset.metadata.namespace.as_deref().unwrap_or_default();
+                policies_of(&policies, namespace, &dataset.name_any()).for_each(|policy| queues.policies.push(policy));
+            }
+            Change::All => {
+                queues.datasets.push_all(&all);
+                queues.policies.push_all(&policies);
+            }
+        }));
+    }
+
+    fn policies(&mut self, config: watcher::Config, writer: Writer<PreloadPolicy>) {
+        let (queue, all) = (self.queues.policies.clone(), self.policies.clone());
+        self.tasks.spawn(follow(self.client, config, writer, move |change| match change {
+            Change::Put(policy) | Change::Gone(policy) => queue.push(ObjectRef::from_obj(policy)),
             Change::All => queue.push_all(&all),
         }));
+    }
+
+    /// Watches a kind that belongs to PreloadPolicies: their name is in its labels.
+    fn of_policies<K: Watched>(&mut self, config: watcher::Config) -> Store<K> {
+        let (store, writer) = reflector::store();
+        let (queue, all) = (self.queues.policies.clone(), self.policies.clone());
+        self.tasks.spawn(follow(self.client, config, writer, move |change: Change<'_, K>| match change {
+            Change::Put(object) | Change::Gone(object) => {
+                if let (Some(name), Some(namespace)) = (object.labels().get(POLICY), object.namespace()) {
+                    queue.push(ObjectRef::new(name).within(&namespace));
+                }
+            }
+            Change::All => queue.push_all(&all),
+        }));
+        store
     }
 
     fn runtimes(&mut self, config: watcher::Config, writer: Writer<CacheRuntime>) {

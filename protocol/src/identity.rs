@@ -38,6 +38,11 @@ impl DatasetId {
         Uuid::from_slice(bytes).ok().map(Self)
     }
 
+    /// Of what [`Display`](fmt::Display) shows.
+    pub fn from_text(text: &str) -> Option<Self> {
+        Uuid::try_parse(text).ok().map(Self)
+    }
+
     /// The 16 bytes.
     pub fn as_bytes(&self) -> &[u8; 16] {
         self.0.as_bytes()

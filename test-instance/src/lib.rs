@@ -74,6 +74,23 @@ impl Instance {
         &self.state
     }
 
+    /// Files that are complete in the node cache.
+    pub fn kept(&self) -> anyhow::Result<usize> {
+        let datasets = match std::fs::read_dir(self.state.join("node-cache")) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
+            datasets => datasets?,
+        };
+        let mut kept = 0;
+        for dataset in datasets {
+            let dataset = dataset?;
+            if dataset.file_name() != "filling" {
+                let files = std::fs::read_dir(dataset.path())?.flatten();
+                kept += files.filter(|file| file.path().extension().is_none()).count();
+            }
+        }
+        Ok(kept)
+    }
+
     /// What `forebay status` says.
     pub async fn status(&self) -> anyhow::Result<Value> {
         Ok(serde_json::from_slice(&self.command(&["status"]).await?)?)

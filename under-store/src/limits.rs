@@ -140,6 +140,19 @@ impl Rate {
 }
 
 #[cfg(test)]
+impl Limits {
+    /// For what must succeed, however busy the machine is.
+    pub(crate) fn patient() -> Self {
+        Self { deadline: Duration::from_secs(30), ..Self::default() }
+    }
+
+    /// Fails fast, so that tests do, but not because the machine is busy: requests are counted.
+    pub(crate) fn hasty() -> Self {
+        Self { deadline: Duration::from_secs(6), progress_timeout: Duration::from_secs(1), ..Self::default() }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
 

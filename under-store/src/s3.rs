@@ -1,8 +1,7 @@
 //! S3 and what speaks like it.
 //!
 //! Credentials, signing and the HTTP client are `object_store`'s; the requests are ours. Its own requests go through
-//! its
-//! `Path`, which refuses keys that buckets hold (control characters such as a newline, `a//b`, `.`): one such key
+//! its `Path`, which refuses keys that buckets hold (control characters such as a newline, `a//b`, `.`): one such key
 //! fails the whole page of a listing, and an object with a newline in its name cannot be read. It also retries on its
 //! own terms and hides `Retry-After`, which our deadline and limits must rule.
 //!
@@ -17,28 +16,28 @@
 //!
 //! Not handled: versioned reads (`versionId`), requester pays, S3 Express.
 
-mod body;
 mod listing;
 #[cfg(test)]
 mod tests;
 mod transport;
-mod version;
 
-use std::{ops::Range, sync::Arc, time::Duration};
+use std::{ops::Range, sync::Arc};
 
 use forebay_protocol::{VersionKey, identity::is_valid_name};
-use futures::StreamExt;
+use http::HeaderMap;
+use object_store::client::HttpResponse;
 
 use self::{
-    body::Body,
     listing::Query,
     transport::{Call, Transport},
-    version::State,
 };
 use crate::{
-    ByteStream, Item, ItemKind, Limits, Page, Requests, SourceSpec, StoreError, StoreFuture, UnderStore,
+    ByteStream, Item, Limits, Page, Requests, SourceSpec, StoreError, StoreFuture, UnderStore,
+    origin::{self, Origin},
     patience::{Failure, Patience},
     requests::Verb,
+    version::{State, content_length},
+    wire::Wire,
 };
 
 /// Most keys of one LIST answer, S3's own limit.
@@ -55,13 +54,12 @@ struct Inner {
     transport: Transport,
     /// Empty, or with a slash at its end.
     prefix: String,
-    deadline: Duration,
 }
 
 impl S3Store {
     pub(crate) fn new(spec: &SourceSpec, bucket: String, prefix: String, limits: &Limits) -> Result<Self, StoreError> {
         let transport = Transport::new(spec, &bucket, limits)?;
-        Ok(Self { inner: Arc::new(Inner { transport, prefix, deadline: limits.deadline }) })
+        Ok(Self { inner: Arc::new(Inner { transport, prefix }) })
     }
 }
 
@@ -71,15 +69,7 @@ impl UnderStore for S3Store {
     }
 
     fn head<'a>(&'a self, key: &'a [u8]) -> StoreFuture<'a, Item> {
-        Box::pin(async move {
-            let full = self.inner.key(key)?;
-            let state = self.inner.head(&full).await?;
-            let version = state.version().ok_or_else(|| {
-                StoreError::Unavailable(format!("{}: neither ETag nor Last-Modified", self.inner.transport.name(&full)))
-            })?;
-            let name = key.rsplit(|byte| *byte == b'/').next().unwrap_or(key).to_vec();
-            Ok(Item { name, kind: ItemKind::File { size: state.size, mtime_ns: state.mtime_ns(), version } })
-        })
+        Box::pin(async move { origin::head(&*self.inner, key, &self.inner.key(key)?).await })
     }
 
     fn get<'a>(
@@ -89,26 +79,11 @@ impl UnderStore for S3Store {
         size: u64,
         range: Range<u64>,
     ) -> StoreFuture<'a, ByteStream> {
-        Box::pin(async move {
-            let full = self.inner.key(key)?;
-            if range.start > range.end || range.end > size {
-                let Range { start, end } = range;
-                return Err(StoreError::Invalid(format!("range {start}..{end} of an object of {size} bytes")));
-            }
-            if range.is_empty() {
-                // No range names no bytes (RFC 9110, section 14.1.1): the condition is all there is to ask.
-                let state = self.inner.head(&full).await?;
-                return match state.is(version, size) {
-                    true => Ok(futures::stream::empty().boxed()),
-                    false => Err(StoreError::VersionMismatch(self.inner.transport.name(&full))),
-                };
-            }
-            Ok(Body::open(self.inner.clone(), full, version, size, range).await?.into_stream())
-        })
+        Box::pin(async move { origin::get(&self.inner, self.inner.key(key)?, version, size, range).await })
     }
 
     fn requests(&self) -> Requests {
-        self.inner.transport.requests.snapshot()
+        self.inner.transport.wire.requests.snapshot()
     }
 
     fn check(&self) -> StoreFuture<'_, ()> {
@@ -116,7 +91,7 @@ impl UnderStore for S3Store {
     }
 
     fn problem(&self) -> Option<StoreError> {
-        self.inner.transport.requests.problem()
+        self.inner.transport.wire.requests.problem()
     }
 }
 
@@ -131,24 +106,6 @@ impl Inner {
         Ok(format!("{}{key}", self.prefix))
     }
 
-    async fn head(&self, key: &str) -> Result<State, StoreError> {
-        let mut patience = Patience::new(self.deadline);
-        loop {
-            match self.try_head(&mut patience, key).await {
-                Ok(state) => return Ok(state),
-                Err(failure) => patience.pause(failure).await?,
-            }
-        }
-    }
-
-    async fn try_head(&self, patience: &mut Patience, key: &str) -> Result<State, Failure> {
-        let _grant = self.transport.grant(patience, 0).await?;
-        let response = self.transport.call(patience, Call::object(Verb::Head, key)).await?;
-        let size = version::content_length(response.headers());
-        let size = size.ok_or_else(|| Failure::passing(format!("{}: no Content-Length", self.transport.name(key))))?;
-        Ok(State::of_headers(response.headers(), size))
-    }
-
     async fn list(&self, directory: &[u8], after: Option<&[u8]>, limit: usize) -> Result<Page, StoreError> {
         let prefix = match directory {
             [] => self.prefix.clone(),
@@ -159,7 +116,7 @@ impl Inner {
             },
         };
         let start_after = after.map(|after| format!("{prefix}{}", start_after(after)));
-        let mut patience = Patience::new(self.deadline);
+        let mut patience = self.transport.wire.patience();
         let mut token: Option<String> = None;
         loop {
             let query = Query {
@@ -187,7 +144,7 @@ impl Inner {
     /// Lists one key. Credentials that may only list may not HEAD the bucket everywhere.
     async fn check(&self) -> Result<(), StoreError> {
         let query = Query { prefix: &self.prefix, start_after: None, token: None, max_keys: 1 };
-        let mut patience = Patience::new(self.deadline);
+        let mut patience = self.transport.wire.patience();
         loop {
             match self.try_list(&mut patience, &query).await {
                 Ok(_) => return Ok(()),
@@ -197,13 +154,35 @@ impl Inner {
     }
 
     async fn try_list(&self, patience: &mut Patience, query: &Query<'_>) -> Result<listing::Reply, Failure> {
-        let _grant = self.transport.grant(patience, 0).await?;
+        let _grant = self.transport.wire.grant(patience, 0).await?;
         let response = self.transport.call(patience, Call::list(query)).await?;
-        let body = self.transport.text(patience, response, listing::MAX_REPLY).await?;
-        let reply = listing::Reply::parse(&body)
-            .map_err(|why| Failure::passing(format!("{}: bad listing: {why}", self.transport.name(query.prefix))));
+        let name = self.transport.name(query.prefix);
+        let body = self.transport.wire.text(patience, Verb::List, &name, response, listing::MAX_REPLY).await?;
+        let reply = listing::Reply::parse(&body).map_err(|why| Failure::passing(format!("{name}: bad listing: {why}")));
         // Something that is no S3 store answers with success, too.
-        reply.inspect_err(|failure| self.transport.requests.failed(Verb::List, failure))
+        reply.inspect_err(|failure| self.transport.wire.requests.failed(Verb::List, failure))
+    }
+}
+
+impl Origin for Inner {
+    fn wire(&self) -> &Wire {
+        &self.transport.wire
+    }
+
+    fn name(&self, key: &str) -> String {
+        self.transport.name(key)
+    }
+
+    async fn look_up(&self, patience: &mut Patience, key: &str) -> Result<State, Failure> {
+        let _grant = self.transport.wire.grant(patience, 0).await?;
+        let response = self.transport.call(patience, Call::object(Verb::Head, key)).await?;
+        let size = content_length(response.headers());
+        let size = size.ok_or_else(|| Failure::passing(format!("{}: no Content-Length", self.name(key))))?;
+        Ok(State::of_headers(response.headers(), size))
+    }
+
+    async fn fetch(&self, patience: &mut Patience, key: &str, headers: HeaderMap) -> Result<HttpResponse, Failure> {
+        self.transport.call(patience, Call::object(Verb::Get, key).headers(headers)).await
     }
 }
 

@@ -4,6 +4,7 @@ use std::{fmt, path::PathBuf};
 
 use http::HeaderValue;
 use serde::{Deserialize, Serialize};
+use url::Url;
 
 use crate::StoreError;
 
@@ -12,7 +13,8 @@ use crate::StoreError;
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct SourceSpec {
     /// `s3://bucket/prefix/`, taken literally as S3 tools do (no percent-encoding), or `file:///dir`, a file URL (RFC
-    /// 8089, percent-encoded where needed).
+    /// 8089, percent-encoded where needed), or `http://host/dir/` and `https://host/dir/`, a directory of a web server
+    /// with WebDAV (percent-encoded where needed).
     pub uri: String,
     /// How to reach an S3 store; for `s3://` only.
     #[serde(default)]
@@ -82,6 +84,10 @@ pub(crate) enum Location {
     File {
         root: PathBuf,
     },
+    Http {
+        /// With a slash at its end.
+        root: Url,
+    },
 }
 
 impl Location {
@@ -116,13 +122,35 @@ impl Location {
             if s3.is_some() || credentials.is_some() {
                 return invalid("'s3' and 'credentials' are for s3:// only");
             }
-            let path = url::Url::parse(uri).ok().filter(|url| url.query().is_none() && url.fragment().is_none());
+            let path = Url::parse(uri).ok().filter(|url| url.query().is_none() && url.fragment().is_none());
             return match path.and_then(|url| url.to_file_path().ok()) {
                 Some(root) => Ok(Self::File { root }),
                 None => invalid("that is no file URL of this machine (file:///dir)"),
             };
         }
-        invalid("known are s3://bucket/prefix/ and file:///dir")
+        if uri.starts_with("http://") || uri.starts_with("https://") {
+            if s3.is_some() || credentials.is_some() {
+                return invalid("'s3' and 'credentials' are for s3:// only");
+            }
+            let Some(mut root) = Url::parse(uri).ok().filter(Url::has_host) else {
+                return invalid("that is no URL; write it as http://host/dir/ or https://host/dir/");
+            };
+            if !root.username().is_empty() || root.password().is_some() {
+                return invalid("credentials of web servers are not supported; remove them from the URL");
+            }
+            if root.query().is_some() || root.fragment().is_some() {
+                return invalid("a query or fragment names no directory; remove what begins with '?' or '#'");
+            }
+            // Every client resolves them before it asks.
+            if uri.split('/').any(|component| component == "." || component == "..") {
+                return invalid("a path with a component '.' or '..' cannot be reached");
+            }
+            if !root.path().ends_with('/') {
+                root.set_path(&format!("{}/", root.path()));
+            }
+            return Ok(Self::Http { root });
+        }
+        invalid("known are s3://bucket/prefix/, file:///dir, http://host/dir/ and https://host/dir/")
     }
 }
 
@@ -145,11 +173,33 @@ mod tests {
         assert_eq!(parse("s3://b/a b/100%"), s3("b", "a b/100%/"));
         assert_eq!(parse("s3://b/a/"), s3("b", "a/"));
         assert_eq!(parse("file:///a%20b/c"), Some(Location::File { root: PathBuf::from("/a b/c") }));
-        for bad in
-            ["", "b/c", "s3://", "s3:///x", "s3://a b/", "s3://b/../c", "http://b", "file://host/x", "file:///a?b"]
-        {
+        let http = |root: &str| Some(Location::Http { root: Url::parse(root).unwrap() });
+        assert_eq!(parse("http://h"), http("http://h/"));
+        assert_eq!(parse("https://h:8443/a b/%63"), http("https://h:8443/a%20b/%63/"));
+        assert_eq!(parse("http://[::1]/a/"), http("http://[::1]/a/"));
+        for bad in [
+            "",
+            "b/c",
+            "s3://",
+            "s3:///x",
+            "s3://a b/",
+            "s3://b/../c",
+            "ftp://b",
+            "file://host/x",
+            "file:///a?b",
+            "http://",
+            "http://h:x/",
+            "http://me:hush@h/",
+            "http://h/?x",
+            "http://h/a/../b",
+            "https://h/a#b",
+        ] {
             assert_eq!(parse(bad), None, "{bad}");
         }
+        let credentials =
+            S3Credentials { access_key_id: "id".to_owned(), secret_access_key: "hush".to_owned(), session_token: None };
+        let spec = SourceSpec { uri: "http://h/".to_owned(), s3: None, credentials: Some(credentials) };
+        assert!(Location::parse(&spec).is_err());
     }
 
     #[test]

@@ -92,6 +92,7 @@ pub(crate) fn datasets<'a>(
                 forebay_api::VolumeShape::Large => VolumeShape::Large,
                 forebay_api::VolumeShape::Small => VolumeShape::Small,
             },
+            sync_interval: dataset.spec.sync.interval(),
         })
     });
     let mut datasets: Vec<DatasetConfig> = configs.collect();

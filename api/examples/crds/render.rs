@@ -47,7 +47,8 @@ Group and version `forebay.io/v1alpha1`; all objects are namespaced. The CRDs ar
 
 `forebay up -f FILE.yaml` takes the same YAML as `kubectl apply -f FILE.yaml`, and refuses what the API server refuses:
 each error names file, line, document, field and what to do. A file may hold several documents, of the kinds Dataset,
-CacheRuntime and v1 Secret; a Dataset may use what another file of the same command defines, in its own namespace.
+CacheRuntime, PreloadPolicy and v1 Secret; an object may use what another file of the same command defines, in its own
+namespace.
 `spec.template` of a CacheRuntime is about pods: without a cluster it is checked, and has no effect.
 
 Amounts of bytes are Kubernetes quantities: `2Ti`, `500G`, `1.5Gi` or a whole number. They must be a whole number of
@@ -76,7 +77,7 @@ In manifests, `stringData` wins over `data` (base64), as in Kubernetes. Values w
   grow options of its own without new fields beside it.
 - `sources` and `tiers` are maps by `path` and `name`: server-side apply merges them item by item, and the same path
   cannot be given twice.
-- Names of Datasets and CacheRuntimes are DNS labels, without dots: they become names of claims, pods and hosts. A
+- Names of Datasets, CacheRuntimes and PreloadPolicies are DNS labels, without dots: they become names of claims, pods and hosts. A
   CacheRuntime's begins with a letter, because names of Services do. What is made for it is called NAME-forebay; of a
   name that makes this longer than 52 characters (Kubernetes adds to it in labels of 63), it is the beginning and a hash.
 - `spec.template` has the pieces of a pod template that a user needs to place workers; the rest of the pods is the
@@ -84,6 +85,9 @@ In manifests, `stringData` wins over `data` (base64), as in Kubernetes. Values w
 - `hits` and `misses` count bytes, not requests: a request of one block and one of a hundred would count alike.
 - A condition is of type `Ready` (it can be used), `Progressing` (something is under way) or `Degraded` (it is less than
   was asked for). A CacheRuntime with a hostPath has one more, `PrivilegedPods`: what its namespace has to admit.
+- A PreloadPolicy's conditions are `Complete` and `Failed`, as a Job's are, of its last run. All triggers that are due
+  start one run: none of them would load more. Times of a schedule that pass while no run can start (the Dataset is not
+  Ready, the operator is away, `suspend`) are made up for by one run.
 - URIs are taken as they are written: `?`, `#`, `%` and `\\` are refused rather than given a meaning that keys of a
   store do not have.
 - The status keeps every amount as an integer (`bytes`) for programs and, where `kubectl get` shows it, as a string

@@ -71,6 +71,30 @@ pub(super) const CHECKS: &[Check] = &[
         holds: Holds::Text(|name| name.starts_with(|c: char| c.is_ascii_lowercase())),
         remedy: "choose a name that begins with a letter, such as gpu-pool",
     },
+    Check { rule: rules::DATASET_REF_IMMUTABLE, holds: Holds::Elsewhere, remedy: "" },
+    Check {
+        rule: rules::ONE_TRIGGER,
+        holds: Holds::Object("", |trigger| {
+            ["datasetReady", "sourceChanged", "schedule"].iter().filter(|member| trigger.has(member)).count() == 1
+        }),
+        remedy: "write datasetReady: {}, sourceChanged: {} or schedule: {cron: 0 5 * * 1-5}, each as an item of its own",
+    },
+    Check {
+        rule: rules::SYNC_INTERVAL,
+        holds: Holds::Object("interval", |sync| sync.has("interval") == (sync.text("mode") == Some("Periodic"))),
+        remedy: "write sync: {mode: Periodic, interval: 5m}, or sync: {mode: Snapshot}",
+    },
+    Check { rule: rules::CRON, holds: Holds::Text(rules::is_cron), remedy: "write it as 0 5 * * 1-5 or @daily" },
+    Check {
+        rule: rules::TIME_ZONE,
+        holds: Holds::Text(rules::is_time_zone),
+        remedy: "write it as Europe/Madrid, or leave it out for UTC",
+    },
+    Check {
+        rule: rules::DURATION,
+        holds: Holds::Text(|text| rules::seconds(text).is_some()),
+        remedy: "write it as 2h, 1h30m or 90s",
+    },
     Check { rule: rules::DATASET_NAME, holds: Holds::Elsewhere, remedy: "" },
     Check { rule: rules::RUNTIME_REF_IMMUTABLE, holds: Holds::Elsewhere, remedy: "" },
     Check {
@@ -82,7 +106,8 @@ pub(super) const CHECKS: &[Check] = &[
     Check {
         rule: rules::URI_SCHEME,
         holds: Holds::Text(rules::is_uri_of_known_scheme),
-        remedy: "use s3://BUCKET/PREFIX/ or file:///DIRECTORY; other stores are not supported yet",
+        remedy: "use s3://BUCKET/PREFIX/, file:///DIRECTORY or https://HOST/DIRECTORY/; other stores are not supported \
+                 yet",
     },
     Check {
         rule: rules::URI_S3,
@@ -93,6 +118,11 @@ pub(super) const CHECKS: &[Check] = &[
         rule: rules::URI_FILE,
         holds: Holds::Text(rules::is_file_uri_well_formed),
         remedy: "write it as file:///data/train, with three slashes",
+    },
+    Check {
+        rule: rules::URI_HTTP,
+        holds: Holds::Text(rules::is_http_uri_well_formed),
+        remedy: "write it as https://data.example.com/train/; credentials are not supported for web servers",
     },
     Check {
         rule: rules::URI_PLAIN,
@@ -171,5 +201,5 @@ pub(super) const CHECKS: &[Check] = &[
 
 /// A source without a usable uri has an error of its own, and counts as anything.
 fn is_s3(source: &Object<'_>) -> bool {
-    source.text("uri").is_none_or(|uri| !uri.starts_with("file://"))
+    source.text("uri").is_none_or(|uri| !["file://", "http://", "https://"].iter().any(|other| uri.starts_with(other)))
 }

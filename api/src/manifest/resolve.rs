@@ -8,14 +8,14 @@ use std::collections::HashMap;
 use k8s_openapi::ByteString;
 
 use super::{
-    Credentials, DEFAULT_NAMESPACE, Manifest, ManifestError, S3, Tier, TierVolume, ValidatedDataset, ValidatedRuntime,
-    ValidatedSource,
+    Credentials, DEFAULT_NAMESPACE, Manifest, ManifestError, S3, Tier, TierVolume, ValidatedDataset, ValidatedPolicy,
+    ValidatedRuntime, ValidatedSource,
     error::shown,
     node::{self, Document, Node, Step, Value},
     report::Report,
     structure::{self, Kind},
 };
-use crate::{CacheRuntime, Dataset, S3Options, rules};
+use crate::{CacheRuntime, Dataset, PreloadPolicy, S3Options, rules};
 
 use Step::{Index, Key};
 
@@ -45,7 +45,7 @@ pub(super) fn resolve<'t>(
     for (index, (name, text)) in texts.into_iter().enumerate() {
         let (documents, unreadable) = node::read(text);
         if documents.is_empty() && unreadable.is_empty() {
-            let remedy = "write at least one object of kind Dataset, CacheRuntime or Secret";
+            let remedy = "write at least one object of kind Dataset, CacheRuntime, PreloadPolicy or Secret";
             errors.push((index, ManifestError::of_file(name, "holds no object", remedy)));
         }
         for syntax in unreadable {
@@ -88,6 +88,7 @@ pub(super) fn resolve<'t>(
         match object.kind {
             Kind::CacheRuntime => manifest.runtimes.extend(resolver.runtime(index)),
             Kind::Dataset => manifest.datasets.extend(resolver.dataset(index)),
+            Kind::PreloadPolicy => manifest.policies.extend(resolver.policy(index)),
             Kind::Secret => {}
         }
     }
@@ -199,7 +200,7 @@ impl<'a> Resolver<'a, '_> {
 
     fn dataset(&mut self, index: usize) -> Option<ValidatedDataset> {
         let object = &self.objects[index];
-        let found = self.runtime_ref(index);
+        let found = self.refers(index, "runtimeRef", Kind::CacheRuntime);
         let credentials = self.secret_refs(index);
         let Dataset { metadata: _, spec, status: _ } = self.typed(index)?;
         if !found || credentials.len() != spec.sources.len() {
@@ -220,8 +221,24 @@ impl<'a> Resolver<'a, '_> {
                 policy: spec.cache.policy,
                 quota_bytes: spec.cache.quota.map(|quota| quota.bytes()).transpose().ok()?,
                 shape: spec.volume.shape,
+                sync_interval: spec.sync.interval(),
             })
         })();
+        self.built(index, built)
+    }
+
+    fn policy(&mut self, index: usize) -> Option<ValidatedPolicy> {
+        let object = &self.objects[index];
+        let found = self.refers(index, "datasetRef", Kind::Dataset);
+        let PreloadPolicy { metadata: _, spec, status: _ } = self.typed(index)?;
+        if !found {
+            return None;
+        }
+        let built = object.name.map(|name| ValidatedPolicy {
+            namespace: object.namespace.to_owned(),
+            name: name.to_owned(),
+            spec,
+        });
         self.built(index, built)
     }
 
@@ -248,29 +265,29 @@ impl<'a> Resolver<'a, '_> {
         built
     }
 
-    /// Whether the runtime of a dataset is known.
-    fn runtime_ref(&mut self, index: usize) -> bool {
+    /// Whether the object of another kind that `spec.FIELD.name` names is known.
+    fn refers(&mut self, index: usize, field: &'static str, kind: Kind) -> bool {
         let object = &self.objects[index];
-        let place = [Key("spec"), Key("runtimeRef"), Key("name")];
+        let place = [Key("spec"), Key(field), Key("name")];
         let Some(name) = object.root.find(&place).and_then(Node::text) else {
             return false;
         };
-        if self.names.contains_key(&(Kind::CacheRuntime, object.namespace, name)) {
+        if self.names.contains_key(&(kind, object.namespace, name)) {
             return true;
         }
         if self.complete {
-            let runtimes = || self.objects.iter().filter(|other| other.kind == Kind::CacheRuntime);
-            let elsewhere = runtimes().find(|other| other.name == Some(name)).map(|other| other.namespace);
-            let here = runtimes().filter(|other| other.namespace == object.namespace).filter_map(|other| other.name);
+            let (kind_name, others) = (kind.name(), || self.objects.iter().filter(|other| other.kind == kind));
+            let elsewhere = others().find(|other| other.name == Some(name)).map(|other| other.namespace);
+            let here = others().filter(|other| other.namespace == object.namespace).filter_map(|other| other.name);
             let here: Vec<&str> = here.take(10).collect();
             let remedy = match elsewhere {
                 Some(namespace) => {
-                    format!("move one of the two: the CacheRuntime is in namespace {}", shown(namespace))
+                    format!("move one of the two: the {kind_name} is in namespace {}", shown(namespace))
                 }
-                None if here.is_empty() => "add a CacheRuntime of this name".into(),
-                None => format!("add a CacheRuntime of this name, or use {}", here.join(" or ")),
+                None if here.is_empty() => format!("add a {kind_name} of this name"),
+                None => format!("add a {kind_name} of this name, or use {}", here.join(" or ")),
             };
-            let message = format!("there is no CacheRuntime {} in namespace {}", shown(name), shown(object.namespace));
+            let message = format!("there is no {kind_name} {} in namespace {}", shown(name), shown(object.namespace));
             self.report(index).at(&place, message, remedy);
         }
         false

@@ -23,33 +23,36 @@ use crate::{
 pub(super) enum Kind {
     Dataset,
     CacheRuntime,
+    PreloadPolicy,
     Secret,
 }
 
 impl Kind {
-    pub(super) const ALL: [Kind; 3] = [Kind::Dataset, Kind::CacheRuntime, Kind::Secret];
+    pub(super) const ALL: [Kind; 4] = [Kind::Dataset, Kind::CacheRuntime, Kind::PreloadPolicy, Kind::Secret];
 
     pub(super) fn name(self) -> &'static str {
         match self {
             Kind::Dataset => "Dataset",
             Kind::CacheRuntime => "CacheRuntime",
+            Kind::PreloadPolicy => "PreloadPolicy",
             Kind::Secret => "Secret",
         }
     }
 
     pub(super) fn api_version(self) -> &'static str {
         match self {
-            Kind::Dataset | Kind::CacheRuntime => API_VERSION,
+            Kind::Dataset | Kind::CacheRuntime | Kind::PreloadPolicy => API_VERSION,
             Kind::Secret => "v1",
         }
     }
 
     fn schema(self) -> &'static Schema {
-        static SCHEMAS: OnceLock<[Schema; 3]> = OnceLock::new();
-        let [dataset, runtime, secret] = SCHEMAS.get_or_init(|| Kind::ALL.map(schema_of));
+        static SCHEMAS: OnceLock<[Schema; 4]> = OnceLock::new();
+        let [dataset, runtime, policy, secret] = SCHEMAS.get_or_init(|| Kind::ALL.map(schema_of));
         match self {
             Kind::Dataset => dataset,
             Kind::CacheRuntime => runtime,
+            Kind::PreloadPolicy => policy,
             Kind::Secret => secret,
         }
     }
@@ -58,7 +61,7 @@ impl Kind {
 /// The schema of a whole document: the CRD's `spec`, and what Kubernetes itself says of the rest.
 fn schema_of(kind: Kind) -> Schema {
     let name_rules = match kind {
-        Kind::Dataset => vec![rules::LABEL],
+        Kind::Dataset | Kind::PreloadPolicy => vec![rules::LABEL],
         // What begins with a letter and is a label is what the API server takes.
         Kind::CacheRuntime => vec![rules::LABEL, rules::RUNTIME_NAME],
         Kind::Secret => vec![rules::SUBDOMAIN],
@@ -99,7 +102,7 @@ fn schema_of(kind: Kind) -> Schema {
                 schema["properties"][field] = value;
             }
         }
-        Kind::Dataset | Kind::CacheRuntime => {
+        Kind::Dataset | Kind::CacheRuntime | Kind::PreloadPolicy => {
             let spec = crds()
                 .into_iter()
                 .find(|crd| crd.spec.names.kind == kind.name())
@@ -246,6 +249,9 @@ impl<'a> Walker<'a, '_> {
     }
 
     fn text(&mut self, text: &str, schema: &'static Schema) {
+        if schema["minLength"].as_u64().is_some_and(|least| (text.chars().count() as u64) < least) {
+            self.fail("is empty", "give it a value, or remove it");
+        }
         if let Some(most) = schema["maxLength"].as_u64().filter(|most| text.chars().count() as u64 > *most) {
             self.fail(format!("is longer than {most} characters"), "shorten it");
         }
@@ -391,7 +397,7 @@ mod tests {
     /// Keywords that neither the walk nor `Quantity` knows would be rules that only the API server has.
     #[test]
     fn the_schemas_say_nothing_that_the_walk_does_not_know() {
-        const KNOWN: [&str; 19] = [
+        const KNOWN: [&str; 20] = [
             "additionalProperties",
             "default",
             "description",
@@ -403,6 +409,7 @@ mod tests {
             "maxProperties",
             "maximum",
             "minItems",
+            "minLength",
             "minimum",
             "properties",
             "required",

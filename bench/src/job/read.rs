@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::Read as _,
-    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
+    os::unix::fs::FileExt as _,
     path::Path,
     sync::{
         Barrier, Mutex,
@@ -15,15 +15,17 @@ use anyhow::{Context, bail, ensure};
 use forebay_test_store::content;
 use rand::{RngExt as _, seq::SliceRandom as _};
 
-use super::{Done, timed};
+use super::{
+    Done,
+    direct::{self, ALIGNMENT, Memory},
+    timed,
+};
 use crate::data::{Large, Set};
 
 /// Bytes of one read.
 const BUFFER: usize = 1 << 20;
 /// Stack of a thread that waits in one read.
 const SMALL_STACK: usize = 64 << 10;
-/// What such a thread reads, and the alignment that O_DIRECT wants.
-const DIRECT: usize = 4096;
 
 pub(super) fn touch(bytes: u64) -> anyhow::Result<(u64, u64)> {
     let mut map = memmap2::MmapMut::map_anon(bytes as usize)?;
@@ -164,13 +166,11 @@ pub(super) fn at_once(root: &Path, set: &Set) -> anyhow::Result<(u64, u64)> {
     let failed = AtomicBool::new(false);
     let first = Mutex::new(None);
     let read = |file: u64| -> anyhow::Result<()> {
-        let direct = rustix::fs::OFlags::DIRECT.bits() as i32;
-        let open = File::options().read(true).custom_flags(direct).open(root.join(set.path(file)));
+        let open = direct::open(&root.join(set.path(file)));
         // Also those that failed: the others wait for all.
         start.wait();
-        let mut memory = vec![0; 2 * DIRECT];
-        let offset = memory.as_ptr().align_offset(DIRECT);
-        let buffer = &mut memory[offset..offset + DIRECT];
+        let mut memory = Memory::new(ALIGNMENT);
+        let buffer = memory.aligned();
         open?.read_exact_at(buffer, 0)?;
         check(set.seed_of(file), 0, buffer, &mut Vec::new())
     };
@@ -189,6 +189,6 @@ pub(super) fn at_once(root: &Path, set: &Set) -> anyhow::Result<(u64, u64)> {
     })?;
     match first.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
         Some(error) => Err(error),
-        None => Ok((set.files * DIRECT as u64, set.files)),
+        None => Ok((set.files * ALIGNMENT as u64, set.files)),
     }
 }

@@ -57,7 +57,7 @@ pub(super) fn client(state: &Path, file: &Large) -> anyhow::Result<Done> {
             offset += count as u64;
         }
         let seconds = started.elapsed().as_secs_f64();
-        Ok(Done { bytes: offset, files: 1, seconds, cpu: super::process_cpu() - cpu })
+        Ok(Done { bytes: offset, files: 1, seconds, cpu: super::process_cpu() - cpu, latencies: None })
     })
 }
 

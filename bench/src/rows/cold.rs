@@ -82,7 +82,7 @@ async fn sequential(bench: &Bench, rclone: &Path, report: &mut Report) -> anyhow
             let cpu = measure::children()?;
             let seconds = fetch(rclone, &store, &object(round), scratch.path()).await?;
             let cpu = measure::children()? - cpu;
-            Ok(Pass { done: Done { bytes: size, files: 1, seconds, cpu }, ..Pass::default() })
+            Ok(Pass { done: Done { bytes: size, files: 1, seconds, cpu, latencies: None }, ..Pass::default() })
         },
         async || {
             let file = object(mounted.next().context("one round more")?).below(served.mount());

@@ -1,9 +1,10 @@
-//! One file of 1 GiB, warm.
+//! One file of 1 GiB, complete in the node cache.
 
 use crate::{
     Bench,
     data::Large,
     job::{self, Work},
+    measure,
     report::{Claim, Limit, Report},
     rounds::Rounds,
     served::{self, Served, Setup},
@@ -37,7 +38,13 @@ pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()
     let mounted = local.below(served.mount());
     bench.say("checking every byte of it through the mount");
     job::run(Work::Sequential { file: mounted.clone(), verify: true }, None).await?;
-    job::run(Work::Sequential { file: local.clone(), verify: false }, None).await?;
+    bench.say("waiting until it is in the node cache");
+    served.kept(1).await?;
+    // Both come into memory in the same way: how large the kernel's folios are depends on who wrote them.
+    measure::forget(2 * local.size).await?;
+    for file in [&mounted, &local] {
+        job::run(Work::Sequential { file: file.clone(), verify: false }, None).await?;
+    }
 
     let works: [(Claim, Kind<'_>); 4] = [
         (SEQUENTIAL, &|file| Work::Sequential { file: file.clone(), verify: false }),
@@ -50,10 +57,7 @@ pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()
             continue;
         }
         let rounds = Rounds::warm(bench, claim.row, &served, &work(&local), &work(&mounted)).await?;
-        let detail = format!(
-            "the node cache does not exist yet: the file is in the kernel's page cache of the mount; {}",
-            rounds.detail()
-        );
+        let detail = format!("complete in the node cache; {}", rounds.detail());
         report.measured(&claim, rounds.throughput(), true, detail);
     }
     served.stop().await

@@ -2,16 +2,21 @@
 
 use std::{collections::VecDeque, ops::Range, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use forebay_cache_store::{Chunk, ChunkSpec, Extent};
 use forebay_protocol::{BLOCK_SIZE, ChunkKey, DatasetPath, FileVersion, frame::MAX_DATA_BLOCKS};
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::{
     CHUNK_BLOCKS, Class, FillEngine, FillError,
     chunk::{Block, ChunkFill, Place},
-    run::Run,
+    run::{Run, block_of_file},
 };
 use crate::dataset::Dataset;
 
+/// Blocks that are copied out of the page cache rather than sent from their file: another thread, which a file needs
+/// because it may wait for the disk, costs more than this copy of at most 256 KiB.
+const COPIED_BLOCKS: u32 = 4;
 /// How often blocks may vanish under a reader (evicted, or found damaged) before it is told that something is wrong.
 const ATTEMPTS: u32 = 8;
 /// How long a pin may take: the store gives up after 30 s, when it cannot make room or its index cannot be written.
@@ -90,6 +95,16 @@ pub(crate) struct Wanted {
     pub(crate) blocks: Range<u32>,
 }
 
+/// What a request found at once.
+#[derive(Default)]
+struct Found {
+    chunk: Option<Arc<Chunk>>,
+    /// Blocks that are held.
+    hits: u32,
+    /// The first of them.
+    ready: VecDeque<Piece>,
+}
+
 impl Wanted {
     fn spec(&self) -> ChunkSpec {
         ChunkSpec { dataset: self.dataset.id, path: self.path.clone(), version: self.version.clone(), key: self.key }
@@ -120,19 +135,15 @@ impl FillEngine {
         fetch: bool,
         verify: bool,
     ) -> Result<BlockReader, FillError> {
-        let (store, spec, key, range) = (self.store().clone(), wanted.spec(), wanted.key, wanted.blocks.clone());
-        let look = move || {
-            let Some(chunk) = store.chunk(&spec, fetch) else { return (None, 0, VecDeque::new()) };
-            if verify {
-                chunk.verify_again(range.start, range.end - range.start);
+        let found = match self.at_hand(&wanted, verify) {
+            Some(found) => Some(found),
+            None => {
+                let (engine, wanted) = (self.clone(), wanted.clone());
+                self.inner.disk.call(move || engine.look(&wanted, fetch, verify)).await?
             }
-            let hits = range.clone().filter(|block| chunk.is_valid(*block)).count() as u32;
-            let ready = stored_pieces(&chunk, key, range);
-            (Some(chunk), hits, ready)
         };
-        let found = self.inner.disk.call(look).await?;
         let without_disk = found.is_none();
-        let (chunk, hits, ready) = found.unwrap_or_default();
+        let Found { chunk, hits, ready } = found.unwrap_or_default();
         let count = wanted.count();
         let ready_count = ready_blocks(&ready);
         let held = ready_count == count;
@@ -150,6 +161,49 @@ impl FillEngine {
             reader.attach();
         }
         Ok(reader)
+    }
+
+    /// Few blocks of a chunk whose file is open, if they are in memory: without waiting for the disk.
+    fn at_hand(&self, wanted: &Wanted, verify: bool) -> Option<Found> {
+        let count = wanted.count();
+        if verify || count > COPIED_BLOCKS || self.inner.disk.is_hung() {
+            return None;
+        }
+        let chunk = self.store().open_chunk(&wanted.spec())?;
+        let extent = chunk.send_trusted(wanted.blocks.start, count)?;
+        let permit = self.room_for(count)?;
+        let piece = copied(wanted, &extent, extent.read_at_hand()?, permit);
+        Some(Found { chunk: Some(chunk), hits: count, ready: VecDeque::from([piece]) })
+    }
+
+    /// What the store holds, up to the first block that it does not. May wait for the disk.
+    fn look(&self, wanted: &Wanted, create: bool, verify: bool) -> Found {
+        let (blocks, count) = (wanted.blocks.clone(), wanted.count());
+        let Some(chunk) = self.store().chunk(&wanted.spec(), create) else { return Found::default() };
+        if verify {
+            chunk.verify_again(blocks.start, count);
+        }
+        let mut ready = stored_pieces(&chunk, wanted.key, blocks.clone());
+        if count <= COPIED_BLOCKS
+            && let [Piece::Stored { extent, .. }] = ready.make_contiguous()
+            && extent.checksums.len() as u32 == count
+            && let Some(permit) = self.room_for(count)
+        {
+            match extent.read() {
+                Ok(bytes) => ready = VecDeque::from([copied(wanted, extent, bytes, permit)]),
+                Err(_) => {
+                    chunk.invalidate(blocks.start, count);
+                    ready.clear();
+                }
+            }
+        }
+        let hits = blocks.filter(|block| chunk.is_valid(*block)).count() as u32;
+        Found { chunk: Some(chunk), hits, ready }
+    }
+
+    /// A share of the memory budget, if it is free at once.
+    fn room_for(&self, blocks: u32) -> Option<OwnedSemaphorePermit> {
+        self.inner.budget.clone().try_acquire_many_owned(blocks).ok()
     }
 
     /// Makes blocks valid on disk and gives how many of them could not be stored. What the tier does not admit is not
@@ -278,7 +332,7 @@ impl BlockReader {
     }
 
     fn first_in_file(&self) -> u64 {
-        u64::from(self.key.index) * u64::from(CHUNK_BLOCKS) + u64::from(self.blocks.start)
+        block_of_file(self.key.index, self.blocks.start)
     }
 
     /// Finds pieces on disk, from the next block on.
@@ -360,6 +414,17 @@ impl BlockReader {
     }
 }
 
+/// All that is wanted, in memory.
+fn copied(wanted: &Wanted, extent: &Extent, bytes: Vec<u8>, permit: OwnedSemaphorePermit) -> Piece {
+    let (mut bytes, permit) = (Bytes::from(bytes), Arc::new(permit));
+    let block = |checksum: &u32| {
+        let len = bytes.len().min(BLOCK_SIZE as usize);
+        Block { bytes: bytes.split_to(len), checksum: *checksum, _permit: permit.clone() }
+    };
+    let blocks = extent.checksums.iter().map(block).collect();
+    Piece::Memory { first: block_of_file(wanted.key.index, wanted.blocks.start), blocks }
+}
+
 /// Pieces of what is valid of `blocks`, from its start to the first block that is not.
 fn stored_pieces(chunk: &Arc<Chunk>, key: ChunkKey, blocks: Range<u32>) -> VecDeque<Piece> {
     let mut pieces = VecDeque::new();
@@ -371,7 +436,7 @@ fn stored_pieces(chunk: &Arc<Chunk>, key: ChunkKey, blocks: Range<u32>) -> VecDe
             break;
         }
         let Some(extent) = chunk.send(at, valid) else { break };
-        let first = u64::from(key.index) * u64::from(CHUNK_BLOCKS) + u64::from(at);
+        let first = block_of_file(key.index, at);
         pieces.push_back(Piece::Stored { first, extent, chunk: chunk.clone(), first_in_chunk: at });
         at += valid;
     }

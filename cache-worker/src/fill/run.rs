@@ -335,14 +335,8 @@ async fn write_behind(fill: &Arc<ChunkFill>, run: &Arc<Run>, mut queued: mpsc::R
         let target = chunk.clone();
         let write = move || {
             let checksums: Vec<u32> = blocks.iter().map(|block| block.checksum).collect();
-            match &blocks[..] {
-                [one] => target.write(first, &one.bytes, &checksums),
-                many => {
-                    let mut all = Vec::with_capacity(many.len() * BLOCK_SIZE as usize);
-                    many.iter().for_each(|block| all.extend_from_slice(&block.bytes));
-                    target.write(first, &all, &checksums)
-                }
-            }
+            let bytes: Vec<&[u8]> = blocks.iter().map(|block| &block.bytes[..]).collect();
+            target.write_blocks(first, &bytes, &checksums)
         };
         match fill.engine.inner.disk.call(write).await {
             Ok(Some(Ok(()))) => {

@@ -3,7 +3,6 @@
 use std::{future::Future, sync::Arc};
 
 use forebay_cache_store::ChunkSpec;
-use forebay_client::ClientError;
 use forebay_metadata::ScanState;
 use forebay_protocol::{
     DatasetId, FileVersion, VersionKey,
@@ -25,7 +24,7 @@ use tonic::{Request, Response, Status, async_trait};
 use super::{Answers, dataset_of, to_status, within};
 use crate::{
     dataset::Dataset,
-    load::{self, Found, Goal, Progress, TICK, path_of},
+    load::{self, Found, Goal, Progress, Runs, Selection, TICK, WantedRun, path_of},
     notices, scan,
     worker::Worker,
 };
@@ -57,7 +56,7 @@ impl ControlService {
         work: impl FnOnce(Arc<Worker>, Arc<Dataset>, Arc<Progress>) -> F,
     ) -> Response<Answers<LoadProgress>>
     where
-        F: Future<Output = Result<(), ClientError>> + Send + 'static,
+        F: Future<Output = Result<(), Status>> + Send + 'static,
     {
         let (sender, receiver) = mpsc::channel(PROGRESS_QUEUE);
         let work = work(self.worker.clone(), dataset.clone(), progress.clone());
@@ -74,7 +73,7 @@ impl ControlService {
                 }
             };
             let last = tokio::select! {
-                done = work => done.map(|()| progress.message(true)).map_err(load::to_status),
+                done = work => done.map(|()| progress.message(true)),
                 // Nobody listens any more.
                 () = telling => return,
                 () = dataset.closed() => Err(Status::unavailable("the dataset is no longer served like this")),
@@ -116,11 +115,18 @@ impl Control for ControlService {
     type LoadStream = Answers<LoadProgress>;
 
     async fn load(&self, request: Request<LoadRequest>) -> Result<Response<Self::LoadStream>, Status> {
-        let LoadRequest { dataset, path } = request.into_inner();
+        let LoadRequest { dataset, path, selection, run, epoch } = request.into_inner();
         let dataset = self.dataset(&dataset)?;
         let path = path_of(path)?;
+        let selection = Selection::new(&selection.unwrap_or_default())?;
+        if !run.is_empty() {
+            let follower = Runs::follow(&self.worker, &dataset, WantedRun { run, epoch, path, selection })?;
+            let progress = follower.progress();
+            return Ok(self.stream(&dataset, progress, |_, _, _| async move { follower.ended().await }));
+        }
         Ok(self.stream(&dataset, Arc::default(), |worker, dataset, progress| async move {
-            load::load(&worker, &dataset, &path, Goal::Load, &progress).await
+            let loaded = load::load(&worker, &dataset, &path, &selection, Goal::Load, &progress).await;
+            loaded.map_err(load::to_status)
         }))
     }
 
@@ -184,7 +190,8 @@ impl Control for ControlService {
             .await?
             .map_err(|refused| Status::failed_precondition(refused.to_string()))?;
         Ok(self.stream(&dataset, Arc::default(), |worker, dataset, progress| async move {
-            load::load(&worker, &dataset, &path, Goal::Pin, &progress).await
+            let loaded = load::load(&worker, &dataset, &path, &Selection::default(), Goal::Pin, &progress).await;
+            loaded.map_err(load::to_status)
         }))
     }
 
@@ -201,7 +208,7 @@ impl Control for ControlService {
         self.worker.tasks.spawn(async move {
             let cancel = CancellationToken::new();
             let _end = cancel.clone().drop_guard();
-            let handle = scan::start(&worker, &dataset, generation, path.clone(), cancel);
+            let handle = scan::start(&worker, &dataset, generation, false, path.clone(), cancel);
             let mut watching = handle.progress.clone();
             let telling = async {
                 let mut tick = interval(TICK);
@@ -273,6 +280,7 @@ impl Control for ControlService {
         let dataset = self.dataset(&dataset)?;
         let path = path_of(path)?;
         within(async {
+            dataset.index.adopt_generation(generation);
             let directories = dataset.index.prune(generation, &path).await.map_err(to_status)?;
             Ok(Response::new(PruneResponse { directories }))
         })

@@ -81,7 +81,7 @@ impl Metadata for MetadataService {
         &self,
         request: Request<ScanDirectoryRequest>,
     ) -> Result<Response<ScanDirectoryResponse>, Status> {
-        let ScanDirectoryRequest { dataset, generation, directory, after, sources } = request.into_inner();
+        let ScanDirectoryRequest { dataset, generation, directory, after, sources, ahead } = request.into_inner();
         let dataset = self.dataset(&dataset)?;
         let directory = path_of(directory)?;
         let same_sources = || sources == 0 || sources == dataset.namespace().fingerprint();
@@ -90,18 +90,23 @@ impl Metadata for MetadataService {
             return Err(others());
         }
         // Bounded by the index, for each step of a listing: a directory of millions takes longer than a call may.
-        let scan = dataset.index.scan_directory(generation, &directory, &after).await.map_err(to_status)?;
+        let scan = match ahead {
+            true => dataset.index.scan_ahead(generation, &directory, &after).await,
+            false => dataset.index.scan_directory(generation, &directory, &after).await,
+        };
+        let scan = scan.map_err(to_status)?;
         // They may have changed under the listing.
         if !same_sources() {
             return Err(others());
         }
-        let forebay_metadata::DirectoryScan { files, bytes, hidden, changed, subdirectories, end } = scan;
+        let forebay_metadata::DirectoryScan { files, bytes, hidden, changed, digest, subdirectories, end } = scan;
         Ok(Response::new(ScanDirectoryResponse {
             generation: dataset.index.generation(),
             files,
             bytes,
             hidden,
             changed,
+            digest,
             subdirectories,
             end,
         }))

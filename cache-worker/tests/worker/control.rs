@@ -5,7 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use forebay_cache_worker::{DatasetConfig, VolumeShape};
 use forebay_client::{ClientError, Event};
-use forebay_protocol::worker::{self, FreeRequest, LoadProgress, LoadRequest, PinRequest, ScanState};
+use forebay_protocol::worker::{self, FreeRequest, LoadProgress, LoadRequest, PinRequest, ScanState, Selection};
 use futures::StreamExt;
 use tonic::{Code, Status};
 
@@ -24,9 +24,19 @@ async fn tree(cluster: &Cluster) -> (u64, u64) {
 }
 
 async fn load(cluster: &Cluster, worker: usize, at: &str) -> Result<LoadProgress, Status> {
+    load_selected(cluster, worker, at, None).await
+}
+
+async fn load_selected(
+    cluster: &Cluster,
+    worker: usize,
+    at: &str,
+    selection: Option<Selection>,
+) -> Result<LoadProgress, Status> {
     let mut control = cluster.client.control(&cluster.workers[worker].options.name).await.unwrap();
     let path = Bytes::copy_from_slice(at.as_bytes());
-    let mut stream = control.load(LoadRequest { dataset: cluster.id.to_bytes(), path }).await?.into_inner();
+    let request = LoadRequest { dataset: cluster.id.to_bytes(), path, selection, ..LoadRequest::default() };
+    let mut stream = control.load(request).await?.into_inner();
     let mut last = LoadProgress::default();
     let mut totals = None;
     while let Some(progress) = stream.message().await? {
@@ -101,6 +111,37 @@ async fn loads_are_exact_and_free_is_complete() {
     assert_eq!(freed, 130 * MIB);
     assert_eq!(cluster.sum(|status| status.cached_bytes).await, bytes - 130 * MIB);
     cluster.check("/train/shard", 77, 130 * MIB).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_load_takes_what_is_selected_and_no_more() {
+    let cluster = Cluster::start(2).await;
+    tree(&cluster).await;
+    cluster.put("train/1/größe: 7 .tmp", 7, 20_000).await;
+    cluster.refresh("/").await;
+    // Of the files 1, 4, ... 28 of directory 1 with 10,000 + 1,000 i bytes.
+    let selection = Selection {
+        include: vec!["train/1/*".into(), "train/empty".into()],
+        exclude: vec!["**/*.tmp".into(), "train/1/28".into()],
+        min_size: 14_000,
+        max_size: Some(32_000),
+    };
+    let mut sum = LoadProgress::default();
+    for worker in 0..2 {
+        let share = load_selected(&cluster, worker, "/train", Some(selection.clone())).await.unwrap();
+        sum.total_files += share.total_files;
+        sum.done_files += share.done_files;
+        sum.done_bytes += share.done_bytes;
+    }
+    let bytes: u64 = [4, 7, 10, 13, 16, 19, 22].map(|i| 10_000 + i * 1_000).iter().sum();
+    assert_eq!((sum.total_files, sum.done_files, sum.done_bytes), (7, 7, bytes));
+    assert_eq!(cluster.store.counters().gets, 7);
+    assert_eq!(cluster.sum(|status| status.cached_bytes).await, bytes);
+
+    let bad = Selection { include: vec!["train/[".into()], ..Selection::default() };
+    let error = load_selected(&cluster, 0, "/", Some(bad)).await.unwrap_err();
+    assert_eq!(error.code(), Code::InvalidArgument);
+    assert!(error.message().contains("'train/['"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

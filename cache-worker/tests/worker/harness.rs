@@ -180,6 +180,7 @@ impl Cluster {
             policy: Policy::Hold,
             quota: None,
             shape: VolumeShape::Auto,
+            sync_interval: None,
         };
         change_dataset(&mut dataset);
         write_datasets(dir.path(), &[dataset]);
@@ -238,6 +239,7 @@ impl Cluster {
             policy: Policy::Hold,
             quota: None,
             shape: VolumeShape::Auto,
+            sync_interval: None,
         }
     }
 
@@ -395,7 +397,11 @@ pub(crate) fn source(store: &TestStore, prefix: &str) -> SourceSpec {
 /// Has the first worker load what is below a path.
 pub(crate) async fn begin_load(cluster: &Cluster, path: &'static str) -> tonic::Streaming<LoadProgress> {
     let mut control = cluster.client.control("w-0").await.unwrap();
-    let request = LoadRequest { dataset: cluster.id.to_bytes(), path: Bytes::from_static(path.as_bytes()) };
+    let request = LoadRequest {
+        dataset: cluster.id.to_bytes(),
+        path: Bytes::from_static(path.as_bytes()),
+        ..LoadRequest::default()
+    };
     control.load(request).await.unwrap().into_inner()
 }
 

@@ -11,5 +11,7 @@ mod lru;
 mod peers;
 mod reads;
 mod restarts;
+mod runs;
 mod sources;
+mod sync;
 mod wiping;

@@ -61,6 +61,11 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end }}
 
+{{/* Whether there is a node cache. */}}
+{{- define "forebay.nodeCache" -}}
+{{- if ne .Values.fuse.nodeCache.capacity "0" }}yes{{ end -}}
+{{- end }}
+
 {{- define "forebay.pluginDir" -}}
 {{ .Values.csi.kubeletDir }}/plugins/csi.forebay.io
 {{- end }}

@@ -29,6 +29,7 @@ use super::{
     children::{ChildSpec, ChildState, path_argument, ready, supervise},
     control,
     layout::{check_reachable, own_directory, runtime_key, state_directory, write_private},
+    policies::Policies,
     privileges::{RunAs, is_root},
     teardown::{InstanceLock, Leavings},
 };
@@ -37,6 +38,8 @@ use crate::session::read_table;
 /// The keeper's deadlines for one mount: to resolve and to look at the target (10 s each), two runs of `fusermount3` (20 s
 /// each), INIT (10 s).
 const MOUNT_DEADLINE: Duration = Duration::from_secs(70);
+/// Part of the node cache's file system that stays free, in percent.
+const NODE_CACHE_FREE: u8 = 5;
 /// Two: one serves, one stands by.
 const DAEMONS: usize = 2;
 
@@ -50,6 +53,7 @@ pub struct Instance {
     mounting: Option<JoinHandle<Result<MountInfo, KeeperError>>>,
     workers: Group,
     daemons: Group,
+    policies: Policies,
     control: CancellationToken,
     leavings: Leavings,
     _lock: InstanceLock,
@@ -110,6 +114,7 @@ impl Instance {
             mounting: None,
             workers: Group::default(),
             daemons: Group::default(),
+            policies: Policies::default(),
             control: CancellationToken::new(),
             leavings,
             _lock: lock,
@@ -131,7 +136,7 @@ impl Instance {
         for runtime in &manifest.runtimes {
             self.start_runtime(runtime, &manifest.datasets, args).await?;
         }
-        let keeper = self.start_keeper()?;
+        let keeper = self.start_keeper(args)?;
         let mounted_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let mount = std::path::absolute(&args.mount).with_context(|| format!("resolving {}", args.mount.display()))?;
         for dataset in &manifest.datasets {
@@ -167,6 +172,7 @@ impl Instance {
                 mount: target,
             });
         }
+        self.policies = Policies::start(manifest, &self.record)?;
         self.serve_control(keeper)?;
         write_private(&self.layout.record(), &serde_json::to_vec_pretty(&self.record)?, None)
     }
@@ -266,7 +272,7 @@ impl Instance {
         }))
     }
 
-    fn start_keeper(&mut self) -> anyhow::Result<Arc<Keeper>> {
+    fn start_keeper(&mut self, args: &UpArgs) -> anyhow::Result<Arc<Keeper>> {
         let user = self.run_as.map_or_else(|| rustix::process::geteuid().as_raw(), |run_as| run_as.uid);
         let options = KeeperOptions {
             allowed_uids: vec![user],
@@ -277,16 +283,25 @@ impl Instance {
         tokio::spawn(log_events(events));
         let keeper = Arc::new(keeper);
         self.keeper = Some(Arc::clone(&keeper));
+        let mut arguments = vec![
+            "fuse".into(),
+            // `--memory` is for each Dataset.
+            "--memory-per-volume".into(),
+            "--socket".into(),
+            path_argument(&self.layout.keeper_socket())?,
+        ];
+        // Without root the kernel reads no files for others.
+        if is_root() && args.node_cache > 0 {
+            let directory = self.layout.node_cache();
+            own_directory(&directory, self.run_as)?;
+            arguments.extend(["--node-cache".into(), path_argument(&directory)?]);
+            arguments.extend(["--node-cache-capacity".into(), args.node_cache.to_string()]);
+            arguments.extend(["--node-cache-free".into(), NODE_CACHE_FREE.to_string()]);
+        }
         for index in 0..DAEMONS {
             self.daemons.supervise(ChildSpec {
                 name: format!("fuse-{index}"),
-                arguments: vec![
-                    "fuse".into(),
-                    // `--memory` is for each Dataset.
-                    "--memory-per-volume".into(),
-                    "--socket".into(),
-                    path_argument(&self.layout.keeper_socket())?,
-                ],
+                arguments: arguments.clone(),
                 run_as: self.run_as,
                 grace: DAEMON_GRACE,
             });
@@ -311,7 +326,12 @@ impl Instance {
     fn serve_control(&self, keeper: Arc<Keeper>) -> anyhow::Result<()> {
         let listener = control::bind(&self.layout.control_socket())?;
         let (daemons, workers) = (self.daemons.states.clone(), self.workers.states.clone());
-        let status = move || describe(&keeper, &daemons, &workers);
+        let policies = self.policies.report();
+        let status = move || {
+            let mut answer = describe(&keeper, &daemons, &workers);
+            answer["policies"] = policies.to_json();
+            answer
+        };
         tokio::spawn(control::serve(listener, Arc::new(status), self.control.clone()));
         Ok(())
     }
@@ -319,6 +339,7 @@ impl Instance {
     /// Takes everything down, in the reverse order of its start. Never fails: what cannot be taken down is logged.
     pub async fn stop(&mut self) {
         self.control.cancel();
+        self.policies = Policies::default();
         if let Some(mounting) = self.mounting.take()
             && timeout(MOUNT_DEADLINE, mounting).await.is_err()
         {
@@ -456,5 +477,6 @@ fn dataset_config(dataset: &ValidatedDataset, workers: u32) -> DatasetConfig {
             forebay_api::VolumeShape::Large => forebay_cache_worker::VolumeShape::Large,
             forebay_api::VolumeShape::Small => forebay_cache_worker::VolumeShape::Small,
         },
+        sync_interval: dataset.sync_interval,
     }
 }

@@ -6,6 +6,7 @@
 //! STATE/made.json                       the mount points that it made
 //! STATE/control.sock                    what the other commands ask
 //! STATE/keeper.sock, mounts.json        the keeper's
+//! STATE/node-cache/                     the daemons' node cache, kept between runs
 //! STATE/runtimes/NS.NAME/table.json     the worker table
 //! STATE/runtimes/NS.NAME/key            the runtime's key, hex
 //! STATE/runtimes/NS.NAME/datasets.json  what the workers serve, with credentials
@@ -13,7 +14,7 @@
 //! ```
 //!
 //! As root, all of it is root's, so that the unprivileged user of workers and daemons can put nothing where root writes;
-//! that user has `cache/` and what is below (a worker makes its cache directory again when it vanishes), and may read the
+//! that user has `node-cache/`, `cache/` and what is below (a worker makes its cache directory again when it vanishes), and may read the
 //! files of a runtime.
 
 use std::{
@@ -49,6 +50,16 @@ pub struct Record {
     pub runtimes: Vec<RuntimeRecord>,
     /// Datasets.
     pub datasets: Vec<DatasetRecord>,
+}
+
+impl Record {
+    /// The runtime that serves a Dataset.
+    pub fn runtime_of(&self, dataset: &DatasetRecord) -> anyhow::Result<&RuntimeRecord> {
+        self.runtimes
+            .iter()
+            .find(|runtime| runtime.namespace == dataset.namespace && runtime.name == dataset.runtime)
+            .with_context(|| format!("the record names no CacheRuntime '{}'", dataset.runtime))
+    }
 }
 
 /// A CacheRuntime that is running.
@@ -129,6 +140,11 @@ impl Layout {
     /// The mount points that an instance made.
     pub fn leavings(&self) -> PathBuf {
         self.state.join("made.json")
+    }
+
+    /// The daemons' node cache.
+    pub fn node_cache(&self) -> PathBuf {
+        self.state.join("node-cache")
     }
 
     /// The directory of a runtime.

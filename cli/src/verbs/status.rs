@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::{
     args::{Global, Output},
     output,
-    session::{DatasetTotals, Session, WorkerAnswer, worker_status},
+    session::{DatasetTotals, Session, WorkerAnswer, client_of, worker_status},
     up::{self, RuntimeRecord},
 };
 
@@ -44,7 +44,7 @@ pub async fn view(session: &Session) -> anyhow::Result<Vec<RuntimeView>> {
         .record
         .runtimes
         .iter()
-        .map(|runtime| Ok((runtime.clone(), session.client(runtime)?)))
+        .map(|runtime| Ok((runtime.clone(), client_of(runtime)?)))
         .collect::<anyhow::Result<Vec<_>>>()?;
     Ok(join_all(
         clients
@@ -79,6 +79,7 @@ pub async fn status(global: Global, args: StatusArgs) -> anyhow::Result<ExitCode
         "workers": workers,
         "workerProcesses": supervisor.as_ref().map_or_else(|_| json!([]), |answer| answer["workers"].clone()),
         "mounts": supervisor.as_ref().map_or_else(|_| json!([]), |answer| answer["mounts"].clone()),
+        "policies": supervisor.as_ref().map_or_else(|_| json!([]), |answer| answer["policies"].clone()),
         "daemons": supervisor.as_ref().map_or_else(|_| json!([]), |answer| answer["daemons"].clone()),
     });
     match global.output {
@@ -88,6 +89,10 @@ pub async fn status(global: Global, args: StatusArgs) -> anyhow::Result<ExitCode
             println!();
             print!("{}", worker_table(&document));
             println!();
+            if !rows(&document, "policies").is_empty() {
+                print!("{}", policy_table(&document));
+                println!();
+            }
             match supervisor {
                 Ok(_) => print!("{}", mount_table(&document)),
                 Err(error) => println!("the instance does not answer: {error:#}"),
@@ -117,6 +122,7 @@ fn dataset_rows(session: &Session, views: &[RuntimeView]) -> Vec<Value> {
                 "phase": phase(&totals, workers),
                 "mount": dataset.mount,
                 "generation": sums.generation,
+                "revision": (scan.state() == ScanState::Complete).then(|| format!("{:016x}", scan.digest)),
                 "scan": {"state": scan_state(&scan), "error": scan.error, "directories": scan.directories,
                          "hiddenKeys": scan.hidden},
                 "files": scan.files,
@@ -232,6 +238,26 @@ fn worker_table(document: &Value) -> String {
                 row["uptimeSeconds"].as_u64().map_or_else(|| "-".into(), |seconds| format!("{seconds}s")),
                 text(&row["address"]),
                 text(&row["problem"]),
+            ]
+        }),
+    )
+}
+
+fn policy_table(document: &Value) -> String {
+    output::table(
+        &["POLICY", "DATASET", "PHASE", "FILES>", "LOADED>", "LOADED%>", "RATE>", "NEXT RUN", "PROBLEM"],
+        rows(document, "policies").iter().map(|row| {
+            let run = &row["lastRun"];
+            vec![
+                text(&row["name"]),
+                text(&row["dataset"]),
+                text(&run["phase"]),
+                text(&run["files"]),
+                size(&run["bytes"]),
+                text(&run["percent"]),
+                run["bytesPerSecond"].as_u64().map_or_else(|| "-".into(), |rate| format!("{}/s", output::bytes(rate))),
+                text(&row["nextScheduleTime"]),
+                text(&run["message"]),
             ]
         }),
     )

@@ -4,11 +4,12 @@ use std::{collections::BTreeMap, process::ExitCode};
 
 use anyhow::{Context, bail};
 use clap::Args;
+use forebay_preload::run::sum;
 use forebay_protocol::{
     DatasetPath,
     identity::directory_placement_key,
     placement::Placement,
-    worker::{FreeRequest, LoadProgress, LoadRequest, PinRequest, RefreshRequest, ScanProgress, ScanState},
+    worker::{FreeRequest, LoadProgress, LoadRequest, PinRequest, RefreshRequest, ScanProgress, ScanState, Selection},
 };
 use futures::{StreamExt as _, future::join_all, stream};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -19,6 +20,7 @@ use crate::{
     args::{Global, Output},
     output,
     session::{DatasetSession, Session, dataset_path, explain, member_control},
+    up::quantity_or_none,
 };
 
 /// A Dataset and a path in it.
@@ -29,6 +31,40 @@ pub struct PathArgs {
     /// A file or directory of it
     #[arg(default_value = "/")]
     path: String,
+}
+
+/// Arguments of `load`.
+#[derive(Debug, Args)]
+pub struct LoadArgs {
+    #[command(flatten)]
+    at: PathArgs,
+    #[command(flatten)]
+    selection: SelectionArgs,
+}
+
+/// Which files below a path.
+#[derive(Clone, Debug, Args)]
+pub struct SelectionArgs {
+    /// Only files whose path below the Dataset matches, as in 'train/**' or '**/*.jpg'; may be given again
+    #[arg(long, value_name = "GLOB")]
+    include: Vec<String>,
+    /// No files whose path matches; may be given again
+    #[arg(long, value_name = "GLOB")]
+    exclude: Vec<String>,
+    /// Only files of at least so many bytes
+    #[arg(long, value_parser = quantity_or_none, default_value = "0", hide_default_value = true, value_name = "QUANTITY")]
+    min_size: u64,
+    /// Only files of at most so many bytes
+    #[arg(long, value_parser = quantity_or_none, value_name = "QUANTITY")]
+    max_size: Option<u64>,
+}
+
+impl SelectionArgs {
+    /// As workers are told.
+    pub fn to_wire(&self) -> Selection {
+        let Self { include, exclude, min_size, max_size } = self.clone();
+        Selection { include, exclude, min_size, max_size }
+    }
 }
 
 /// Arguments of `pin`.
@@ -42,10 +78,16 @@ pub struct PinArgs {
 }
 
 /// Loads every worker's share.
-pub async fn load(global: Global, args: PathArgs) -> anyhow::Result<ExitCode> {
-    let session = Session::open(&global)?.dataset(&args.dataset)?;
-    let path = dataset_path(&args.path)?;
-    let request = LoadRequest { dataset: session.record.id.to_bytes(), path: path.to_bytes() };
+pub async fn load(global: Global, args: LoadArgs) -> anyhow::Result<ExitCode> {
+    let LoadArgs { at, selection } = args;
+    let session = Session::open(&global)?.dataset(&at.dataset)?;
+    let path = dataset_path(&at.path)?;
+    let request = LoadRequest {
+        dataset: session.record.id.to_bytes(),
+        path: path.to_bytes(),
+        selection: Some(selection.to_wire()),
+        ..LoadRequest::default()
+    };
     let streams = ask_all(&session, |mut control| {
         let request = request.clone();
         async move { control.load(request).await }
@@ -163,6 +205,7 @@ fn scan_json(scan: &ScanProgress) -> serde_json::Value {
         "directories": scan.directories,
         "hiddenKeys": scan.hidden,
         "changed": scan.changed,
+        "revision": format!("{:016x}", scan.digest),
         "error": scan.error,
     })
 }
@@ -216,7 +259,7 @@ async fn follow(
             }
             Err(status) => broken.push(format!("worker {name}: {}", explain(&status))),
         }
-        let total = sum(&shares);
+        let total = sum(shares.values());
         match global.output {
             Output::Json => output::json_line(&load_json(verb, &total))?,
             Output::Table => {
@@ -227,7 +270,7 @@ async fn follow(
         }
     }
     bar.finish_and_clear();
-    let total = sum(&shares);
+    let total = sum(shares.values());
     for (name, share) in &shares {
         if !share.finished && !broken.iter().any(|problem| problem.contains(name.as_str())) {
             broken.push(format!("worker {name}: broke off"));
@@ -250,22 +293,6 @@ async fn follow(
         eprintln!("forebay: {problem}");
     }
     Ok(if complete { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-fn sum(shares: &BTreeMap<String, LoadProgress>) -> LoadProgress {
-    let mut total = LoadProgress { listed: true, finished: true, ..LoadProgress::default() };
-    for share in shares.values() {
-        total.total_files += share.total_files;
-        total.total_bytes += share.total_bytes;
-        total.done_files += share.done_files;
-        total.done_bytes += share.done_bytes;
-        total.failed_files += share.failed_files;
-        total.bypassed_bytes += share.bypassed_bytes;
-        total.failures.extend(share.failures.iter().cloned());
-        total.listed &= share.listed;
-        total.finished &= share.finished;
-    }
-    total
 }
 
 fn load_json(verb: &str, total: &LoadProgress) -> serde_json::Value {

@@ -14,7 +14,7 @@ use crate::{
 /// Arguments of `validate`.
 #[derive(Debug, Args)]
 pub struct ValidateArgs {
-    /// Manifests: CacheRuntimes, Datasets and the Secrets they name
+    /// Manifests: CacheRuntimes, Datasets, the Secrets they name, and PreloadPolicies
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
 }
@@ -31,9 +31,11 @@ pub fn validate(global: &Global, args: ValidateArgs) -> anyhow::Result<ExitCode>
             "errors": errors,
             "runtimes": manifest.as_ref().map_or(0, |manifest| manifest.runtimes.len()),
             "datasets": manifest.as_ref().map_or(0, |manifest| manifest.datasets.len()),
+            "policies": manifest.as_ref().map_or(0, |manifest| manifest.policies.len()),
         }))?,
         (Output::Table, Some(manifest)) => {
-            println!("valid: {} CacheRuntime(s), {} Dataset(s)", manifest.runtimes.len(), manifest.datasets.len());
+            let counts = (manifest.runtimes.len(), manifest.datasets.len(), manifest.policies.len());
+            println!("valid: {} CacheRuntime(s), {} Dataset(s), {} PreloadPolicy(s)", counts.0, counts.1, counts.2);
         }
         (Output::Table, None) => errors.iter().for_each(|error| eprintln!("{error}")),
     }

@@ -68,7 +68,8 @@ impl Default for Setup {
             workers: 3,
             capacity: "4Gi",
             latency: Duration::ZERO,
-            arguments: vec!["--deadline".into(), "20".into()],
+            // Without a node cache what is read again comes from a worker again.
+            arguments: ["--deadline", "20", "--node-cache", "0"].map(str::to_owned).to_vec(),
         }
     }
 }

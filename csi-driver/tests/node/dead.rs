@@ -18,7 +18,7 @@ use tonic::Code;
 
 use crate::{
     daemon::{FILE, SIZE},
-    rig::{Rig, abort, can_mount, eventually, is_connected, mounts_at, read},
+    rig::{Connection, Rig, abort, can_mount, eventually, mounts_at, read},
 };
 
 /// Longest that taking down a volume may take, whatever is dead: the keeper's grace of 2 s, and its aborting.
@@ -91,13 +91,13 @@ async fn daemons_killed_under_a_reader() {
     rig.health_becomes("v", &target, |health| is_inaccessible(health) && health.reason == "NoDaemon").await;
     assert_eq!(rig.stats("v", &target).await.unwrap_err().code(), Code::Unavailable);
     assert!(!waiting.is_finished());
-    let device = mounts_at(&target)[0].device.clone();
+    let connection = Connection::of(&mounts_at(&target)[0].device);
     let begun = Instant::now();
     rig.unpublish("v", "pod").await.unwrap();
     rig.unstage("v").await.unwrap();
     assert!(begun.elapsed() < TEARDOWN, "{:?}", begun.elapsed());
     assert!(waiting.await.unwrap().is_err());
-    assert!(!is_connected(&device));
+    assert!(!connection.is_there());
     rig.assert_clean();
 }
 
@@ -111,6 +111,7 @@ async fn a_connection_that_is_aborted_is_made_again() {
     let (a, b) = (rig.publish("v", "pod-a").await.unwrap(), rig.publish("v", "pod-b").await.unwrap());
     let kept = std::fs::File::open(a.join(FILE)).unwrap();
     let device = mounts_at(&a)[0].device.clone();
+    let connection = Connection::of(&device);
     abort(&device);
     assert!(read(&a).await.is_err());
     // The daemons end with the connection; the kubelet starts them again.
@@ -135,7 +136,7 @@ async fn a_connection_that_is_aborted_is_made_again() {
     // What was open stays dead, and does not keep the old connection from ending.
     assert!(std::io::Read::read(&mut &kept, &mut [0; 1]).is_err());
     drop(kept);
-    assert!(!is_connected(&device));
+    assert!(!connection.is_there());
     for pod in ["pod-a", "pod-b"] {
         rig.unpublish("v", pod).await.unwrap();
     }
@@ -260,6 +261,7 @@ async fn a_device_number_that_is_used_again() {
     let rig = Rig::new().await;
     rig.stage("v").await.unwrap();
     let device = mounts_at(&rig.stage_path("v"))[0].device.clone();
+    let connection = Connection::of(&device);
     let mut container = std::process::Command::new("sleep");
     // SAFETY: both are single system calls, and nothing else happens between fork and exec.
     unsafe {
@@ -280,7 +282,7 @@ async fn a_device_number_that_is_used_again() {
         container.kill().unwrap();
         container.wait().unwrap();
         // The namespace goes a moment later.
-        eventually("the old connection has ended", || !is_connected(&device)).await;
+        eventually("the old connection has ended", || !connection.is_there()).await;
         for volume in ["w0", "w1", "w2", "w3"] {
             rig.stage(volume).await.unwrap();
         }

@@ -5,7 +5,7 @@ use std::{
     ffi::CString,
     fs::File,
     io::Read as _,
-    os::unix::process::CommandExt as _,
+    os::{fd::AsRawFd as _, unix::process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
@@ -426,9 +426,21 @@ pub(crate) fn abort(device: &str) {
     std::fs::write(format!("/sys/fs/fuse/connections/{minor}/abort"), "1").unwrap();
 }
 
-/// Whether a connection is there.
-pub(crate) fn is_connected(device: &str) -> bool {
-    Path::new("/sys/fs/fuse/connections").join(device.strip_prefix("0:").unwrap()).exists()
+/// A connection that was there. Its number alone does not tell: when it has ended, the next mount of any test gets it.
+pub(crate) struct Connection(std::fs::File);
+
+impl Connection {
+    /// That of a mounted device.
+    pub(crate) fn of(device: &str) -> Self {
+        let minor = device.strip_prefix("0:").unwrap();
+        Self(std::fs::File::open(format!("/sys/fs/fuse/connections/{minor}/waiting")).unwrap())
+    }
+
+    /// Whether it has not ended. The file of one that has is empty; each is read once, for it cannot be rewound.
+    pub(crate) fn is_there(&self) -> bool {
+        let again = format!("/proc/self/fd/{}", self.0.as_raw_fd());
+        !std::fs::read(again).unwrap().is_empty()
+    }
 }
 
 /// Mounts something that is not ours.

@@ -55,6 +55,7 @@ fn dataset(store: &TestStore) -> DatasetConfig {
         policy: Policy::Hold,
         quota: None,
         shape: VolumeShape::Auto,
+        sync_interval: None,
     }
 }
 

@@ -143,6 +143,6 @@ pub fn uninstalling_is_refused_while_datasets_exist(env: &Env, ns: &str) -> Test
         let mounts = cluster.mounts(node)?;
         ensure!(!mounts.contains("fuse.forebay"), "{mounts}");
     }
-    cluster.install(&env.root)?;
+    cluster.install(&env.root, &[])?;
     Ok(Outcome::Passed)
 }

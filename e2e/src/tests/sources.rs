@@ -9,7 +9,7 @@ use crate::{
     readers::flawless,
     runner::say,
     store::SECRET_KEY,
-    wait::{eventually, until},
+    wait::{eventually, stays, until},
 };
 
 /// A source is added to and removed from `spec` while a pod reads what the other one gives.
@@ -45,6 +45,36 @@ pub fn sources_come_and_go_under_readers(env: &Env, ns: &str) -> TestResult {
         env.reads_on(ns, "reader", 100)?;
     }
     flawless("reader", &env.seen(ns, "reader")?)?;
+    Ok(Outcome::Passed)
+}
+
+/// What changes at the source of a snapshot is seen when somebody asks for it, in pods too, and only then.
+pub fn a_snapshot_is_refreshed_on_request(env: &Env, ns: &str) -> TestResult {
+    let mut files = data::small(24, 2);
+    env.usual_ready(ns, &files, 2)?;
+    let status = || Ok::<_, anyhow::Error>(env.kubectl.get(ns, "dataset", "data")?["status"].clone());
+    until("the files are counted", 40, || Ok(status()?["files"] == files.len()))?;
+    let before = status()?["revision"].clone();
+    env.idle(ns, "looker", None)?;
+    let root = env.kubectl.exec(
+        ns,
+        "looker",
+        &["python3", "-c", "import os; print(os.getxattr('/data', 'user.forebay.revision').decode())"],
+    )?;
+    ensure!(before == root.trim(), "the root says {root}, the status {before}");
+    files.push(File::new("/new", "file", 12_345));
+    env.store.put(ns, &files[files.len() - 1..], 0)?;
+    let path = format!("/data{}", files[files.len() - 1].path);
+    let is_there = || Ok(env.kubectl.exec(ns, "looker", &["stat", "--format=%s", &path]).is_ok());
+    stays("nothing new", 5, || Ok(!is_there()? && status()?["revision"] == before))?;
+    for (request, wanted) in [("one", files.len()), ("two", files.len())] {
+        let annotation = format!("forebay.io/refreshRequestedAt={request}");
+        env.kubectl.run(&["--namespace", ns, "annotate", "dataset", "data", &annotation, "--overwrite"])?;
+        until(&format!("request {request} has begun"), 30, || Ok(status()?["lastRefresh"] == request))?;
+        until("the new file is counted", 40, || Ok(status()?["files"] == wanted))?;
+    }
+    until("the pod sees it", 30, is_there)?;
+    ensure!(status()?["revision"] != before, "{}", status()?);
     Ok(Outcome::Passed)
 }
 

@@ -31,7 +31,9 @@ pub(crate) struct Held {
     /// The sort key before its first entry.
     after: Bytes,
     pub(crate) page: ListPage,
-    at: Instant,
+    /// Of the time before it was asked for.
+    pub(crate) ticket: Ticket,
+    pub(crate) at: Instant,
 }
 
 impl Held {
@@ -119,7 +121,7 @@ impl Pages {
 
     /// Keeps an answer, unless something changed since `ticket`.
     pub(crate) fn keep(&self, ticket: Ticket, directory: u64, after: Bytes, page: ListPage) -> Arc<Held> {
-        let held = Arc::new(Held { directory, after, page, at: Instant::now() });
+        let held = Arc::new(Held { directory, after, page, ticket, at: Instant::now() });
         let mut inner = self.inner.lock();
         if inner.changes[ticket.group] == ticket.changes {
             if inner.pages.len() == MAX_PAGES {

@@ -14,6 +14,8 @@ use std::{
 
 use quick_cache::sync::Cache;
 
+use crate::node_cache::Key;
+
 /// Most readers kept. One without buffers is about 1 KiB.
 const MAX_READERS: usize = 4_096;
 /// How long a reader may be idle until its buffers are better used by others.
@@ -25,6 +27,10 @@ pub(crate) struct Held<R> {
     pub(crate) reader: Arc<R>,
     /// Bytes of the file.
     pub(crate) size: u64,
+    /// What it is called in the node cache, if it is a small one that is kept there.
+    pub(crate) key: Option<Key>,
+    /// Bytes that were read.
+    read: AtomicU64,
     /// A read was told that this version is gone.
     gone: AtomicBool,
     /// Milliseconds since the start of [`Readers`].
@@ -32,6 +38,11 @@ pub(crate) struct Held<R> {
 }
 
 impl<R> Held<R> {
+    /// So many bytes more were read.
+    pub(crate) fn count(&self, bytes: u64) {
+        self.read.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     /// `true` for the first who says it.
     pub(crate) fn set_gone(&self) -> bool {
         !self.gone.swap(true, Ordering::Relaxed)
@@ -55,10 +66,21 @@ impl<R> Readers<R> {
     }
 
     /// The reader of a node, made if there is none.
-    pub(crate) fn get<E>(&self, node: u64, make: impl FnOnce() -> Result<(Arc<R>, u64), E>) -> Result<Arc<Held<R>>, E> {
+    pub(crate) fn get<E>(
+        &self,
+        node: u64,
+        make: impl FnOnce() -> Result<(Arc<R>, u64, Option<Key>), E>,
+    ) -> Result<Arc<Held<R>>, E> {
         let held = self.readers.get_or_insert_with(&node, || {
-            let (reader, size) = make()?;
-            Ok(Arc::new(Held { reader, size, gone: AtomicBool::new(false), used: AtomicU64::new(0) }))
+            let (reader, size, key) = make()?;
+            Ok(Arc::new(Held {
+                reader,
+                size,
+                key,
+                read: AtomicU64::new(0),
+                gone: AtomicBool::new(false),
+                used: AtomicU64::new(0),
+            }))
         })?;
         held.used.store(self.now(), Ordering::Relaxed);
         Ok(held)
@@ -76,11 +98,13 @@ impl<R> Readers<R> {
         }
     }
 
-    /// Nobody has the file open any more. What is known to be gone is remembered.
-    pub(crate) fn close(&self, node: u64) {
-        if !self.is_gone(node) {
-            self.readers.remove(&node);
+    /// Nobody has the file open any more; the bytes that its reader read. What is known to be gone is remembered.
+    pub(crate) fn close(&self, node: u64) -> u64 {
+        if self.is_gone(node) {
+            return 0;
         }
+        let closed = self.readers.remove(&node);
+        closed.map_or(0, |(_, held)| held.read.load(Ordering::Relaxed))
     }
 
     /// Drops those that were idle too long.
@@ -102,7 +126,7 @@ mod tests {
     #[test]
     fn readers_are_bounded_and_dropped_when_closed() {
         let readers: Readers<u64> = Readers::new();
-        let make = |size: u64| move || Ok::<_, ()>((Arc::new(size), size));
+        let make = |size: u64| move || Ok::<_, ()>((Arc::new(size), size, None));
         for node in 0..3 * MAX_READERS as u64 {
             assert_eq!(readers.get(node, make(node)).unwrap().size, node);
         }
@@ -118,7 +142,7 @@ mod tests {
     #[test]
     fn gone_is_said_once_and_taken_back() {
         let readers: Readers<u64> = Readers::new();
-        let held = readers.get(1, || Ok::<_, ()>((Arc::new(1), 1))).unwrap();
+        let held = readers.get(1, || Ok::<_, ()>((Arc::new(1), 1, None))).unwrap();
         assert!(!readers.is_gone(1));
         assert!(held.set_gone());
         assert!(!held.set_gone());
@@ -131,6 +155,6 @@ mod tests {
     #[test]
     fn a_reader_that_cannot_be_made_is_an_error() {
         let readers: Readers<u64> = Readers::new();
-        assert!(readers.get(1, || Err::<(Arc<u64>, u64), _>("no")).is_err());
+        assert!(readers.get(1, || Err::<(Arc<u64>, u64, _), _>("no")).is_err());
     }
 }

@@ -114,13 +114,13 @@ async fn names_and_attributes() {
 async fn a_failing_tree_is_an_errno_and_no_absence() {
     let tree = MemoryTree::new();
     tree.put(&path("/f"), given("x")).unwrap();
-    let fs = file_system(&tree, tables());
     let table = [
         (TreeError::Unavailable("why".to_owned()), Errno::EIO),
         (TreeError::PermissionDenied("why".to_owned()), Errno::EACCES),
         (TreeError::NotDirectory, Errno::ENOTDIR),
     ];
     for (error, errno) in table {
+        let fs = file_system(&tree, tables());
         tree.fail([error.clone()]);
         assert_eq!(fs.lookup(ROOT_ID, b"f").await.unwrap_err(), errno);
         tree.fail([error]);
@@ -136,17 +136,17 @@ async fn opening_reads_and_nothing_else() {
     let fs = file_system(&tree, tables());
     let (directory, file) = (lookup(&fs, "/d").await.id, lookup(&fs, "/d/f").await.id);
     for flags in [libc::O_WRONLY, libc::O_RDWR, libc::O_RDONLY | libc::O_TRUNC] {
-        assert_eq!(fs.open(1, file, flags), Err(Errno::EROFS));
+        assert_eq!(fs.open(1, file, flags).await, Err(Errno::EROFS));
     }
-    assert_eq!(fs.open(1, directory, libc::O_RDONLY), Err(Errno::EISDIR));
+    assert_eq!(fs.open(1, directory, libc::O_RDONLY).await, Err(Errno::EISDIR));
     assert_eq!(fs.opendir(file), Err(Errno::ENOTDIR));
     assert_eq!(fs.read(directory, 0, 1).await, Err(Errno::EISDIR));
-    let handle = fs.open(8, file, libc::O_RDONLY | libc::O_CLOEXEC).unwrap();
+    let handle = fs.open(8, file, libc::O_RDONLY | libc::O_CLOEXEC).await.unwrap().handle;
     // Sent again to a successor: the same handle.
     let successor = file_system(&tree, handed_over(fs.tables()));
     let resent = 8 | forebay_keeper::tables::RESEND_BIT;
-    assert_eq!(successor.open(resent, file, libc::O_RDONLY), Ok(handle));
-    assert_ne!(successor.open(10, file, libc::O_RDONLY), Ok(handle));
+    assert_eq!(successor.open(resent, file, libc::O_RDONLY).await.map(|opened| opened.handle), Ok(handle));
+    assert_ne!(successor.open(10, file, libc::O_RDONLY).await.map(|opened| opened.handle), Ok(handle));
     successor.release(handle);
     successor.release(handle);
 }
@@ -178,6 +178,8 @@ async fn a_changed_file_is_another_node() {
     let fs = file_system(&tree, tables());
     let old = lookup(&fs, "/f").await;
     tree.put(&path("/f"), given("second")).unwrap();
+    assert_eq!(lookup(&fs, "/f").await.id, old.id, "nobody said that it changed");
+    fs.forget_listing(None);
     let new = lookup(&fs, "/f").await;
     assert_ne!(old.id, new.id);
     assert_eq!(read_all(&fs, old.id).await.unwrap(), b"one");
@@ -195,7 +197,7 @@ async fn a_version_that_is_gone_is_stale_and_asked_for_again() {
     let version = tree.put(&path("/f"), given("one")).unwrap();
     let fs = file_system(&tree, tables());
     let old = lookup(&fs, "/f").await.id;
-    let handle = fs.open(1, old, libc::O_RDONLY).unwrap();
+    let handle = fs.open(1, old, libc::O_RDONLY).await.unwrap().handle;
     tree.drop_version(&path("/f"), &version);
     assert_eq!(read_all(&fs, old).await, Err(Errno::ESTALE));
     assert_eq!(read_all(&fs, old).await, Err(Errno::ESTALE));
@@ -204,12 +206,12 @@ async fn a_version_that_is_gone_is_stale_and_asked_for_again() {
     assert_eq!(fs.notices.try_next(), Some(notice));
     assert_eq!(fs.notices.try_next(), None);
     // A name that is still cached is refused, so that the kernel looks it up; also after the handle was closed.
-    assert_eq!(fs.open(2, old, libc::O_RDONLY), Err(Errno::ESTALE));
+    assert_eq!(fs.open(2, old, libc::O_RDONLY).await, Err(Errno::ESTALE));
     fs.release(handle);
-    assert_eq!(fs.open(3, old, libc::O_RDONLY), Err(Errno::ESTALE));
+    assert_eq!(fs.open(3, old, libc::O_RDONLY).await, Err(Errno::ESTALE));
     // The directory's owner insists that it is the current version: then it is not refused for ever.
     assert_eq!(lookup(&fs, "/f").await.id, old);
-    assert!(fs.open(4, old, libc::O_RDONLY).is_ok());
+    assert!(fs.open(4, old, libc::O_RDONLY).await.is_ok());
     tree.put(&path("/f"), given("two")).unwrap();
     let new = lookup(&fs, "/f").await.id;
     assert_eq!(read_all(&fs, new).await.unwrap(), b"two");

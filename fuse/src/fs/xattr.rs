@@ -14,39 +14,48 @@ pub(crate) enum Attribute {
     Version,
     CachedBytes,
     Owner,
+    Revision,
+}
+
+/// What has attributes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    Root,
+    Directory,
+    File,
 }
 
 impl Attribute {
-    const ALL: [Self; 3] = [Self::Version, Self::CachedBytes, Self::Owner];
+    const ALL: [Self; 4] = [Self::Version, Self::CachedBytes, Self::Owner, Self::Revision];
 
     fn name(self) -> &'static [u8] {
         match self {
             Self::Version => b"user.forebay.version",
             Self::CachedBytes => b"user.forebay.cached_bytes",
             Self::Owner => b"user.forebay.owner",
+            Self::Revision => b"user.forebay.revision",
         }
     }
 
-    fn of_directories(self) -> bool {
+    fn is_of(self, place: Place) -> bool {
         match self {
-            Self::Version | Self::CachedBytes => false,
+            Self::Version | Self::CachedBytes => place == Place::File,
             Self::Owner => true,
+            Self::Revision => place == Place::Root,
         }
     }
 
-    /// The attribute that a file or directory has under this name.
-    pub(crate) fn parse(name: &[u8], directory: bool) -> Option<Self> {
-        Self::ALL.into_iter().find(|attribute| attribute.name() == name && (!directory || attribute.of_directories()))
+    /// The attribute that is there under this name.
+    pub(crate) fn parse(name: &[u8], place: Place) -> Option<Self> {
+        Self::ALL.into_iter().find(|attribute| attribute.name() == name && attribute.is_of(place))
     }
 
-    /// The names that a file or directory has, each with a NUL, as listxattr(2) gives them.
-    pub(crate) fn names(directory: bool) -> Vec<u8> {
+    /// The names that are there, each with a NUL, as listxattr(2) gives them.
+    pub(crate) fn names(place: Place) -> Vec<u8> {
         let mut names = Vec::new();
-        for attribute in Self::ALL {
-            if !directory || attribute.of_directories() {
-                names.extend_from_slice(attribute.name());
-                names.push(0);
-            }
+        for attribute in Self::ALL.into_iter().filter(|attribute| attribute.is_of(place)) {
+            names.extend_from_slice(attribute.name());
+            names.push(0);
         }
         names
     }
@@ -91,11 +100,13 @@ mod tests {
 
     #[test]
     fn names() {
-        assert_eq!(Attribute::names(true), b"user.forebay.owner\0");
-        assert_eq!(Attribute::names(false).iter().filter(|byte| **byte == 0).count(), 3);
-        assert_eq!(Attribute::parse(b"user.forebay.version", false), Some(Attribute::Version));
-        assert_eq!(Attribute::parse(b"user.forebay.version", true), None);
-        assert_eq!(Attribute::parse(b"user.forebay.owner", true), Some(Attribute::Owner));
-        assert_eq!(Attribute::parse(b"security.selinux", false), None);
+        assert_eq!(Attribute::names(Place::Directory), b"user.forebay.owner\0");
+        assert_eq!(Attribute::names(Place::Root), b"user.forebay.owner\0user.forebay.revision\0");
+        assert_eq!(Attribute::names(Place::File).iter().filter(|byte| **byte == 0).count(), 3);
+        assert_eq!(Attribute::parse(b"user.forebay.version", Place::File), Some(Attribute::Version));
+        assert_eq!(Attribute::parse(b"user.forebay.version", Place::Directory), None);
+        assert_eq!(Attribute::parse(b"user.forebay.revision", Place::Directory), None);
+        assert_eq!(Attribute::parse(b"user.forebay.owner", Place::Root), Some(Attribute::Owner));
+        assert_eq!(Attribute::parse(b"security.selinux", Place::File), None);
     }
 }

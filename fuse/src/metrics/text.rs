@@ -15,6 +15,7 @@ use prometheus_client::{
 };
 
 use super::VolumeMetrics;
+use crate::node_cache::NodeCacheUsage;
 
 /// All that is shown, at one moment.
 #[derive(Clone, Debug, Default)]
@@ -23,6 +24,7 @@ pub(crate) struct Snapshot {
     pub(crate) linked: bool,
     /// The memory budget; the sum, if every volume has its own.
     pub(crate) memory: MemoryUsage,
+    pub(crate) node_cache: NodeCacheUsage,
     pub(crate) volumes: Vec<VolumeMetrics>,
 }
 
@@ -65,6 +67,15 @@ const PROCESS: &[OfProcess] = metrics! { OfProcess:
     Gauge "memory_used" Bytes, "Memory that file contents take", |now| now.memory.used;
     Gauge "memory_peak" Bytes, "Most memory that file contents ever took", |now| now.memory.peak;
     Counter "memory_waits", "Reads that had to wait for memory", |now| now.memory.waits;
+    Gauge "node_cache_capacity" Bytes, "Disk that whole files on this node may take", |now| now.node_cache.capacity;
+    Gauge "node_cache_used" Bytes, "Disk that they take, as far as this daemon looked", |now| now.node_cache.used;
+    Gauge "node_cache_small_files", "Small files that are here", |now| now.node_cache.small;
+    Counter "node_cache_read" Bytes, "Bytes that were read from small files here", |now| now.node_cache.read;
+    Counter "node_cache_fetched", "Files that were fetched whole", |now| now.node_cache.fetched;
+    Counter "node_cache_bypassed", "Files for which there was no room", |now| now.node_cache.bypassed;
+    Counter "node_cache_failures", "Files that could not be fetched or written", |now| now.node_cache.failed;
+    Counter "node_cache_corrupt", "Files that did not match their checksums, and were dropped",
+        |now| now.node_cache.corrupt;
 };
 
 const VOLUME: &[OfVolume] = metrics! { OfVolume:
@@ -193,7 +204,7 @@ mod tests {
             client: Some(ClientMetrics { table_epoch: 5, ..ClientMetrics::default() }),
         };
         let memory = MemoryUsage { total: 1 << 20, ..MemoryUsage::default() };
-        Snapshot { linked: true, memory, volumes: vec![volume] }
+        Snapshot { linked: true, memory, node_cache: NodeCacheUsage::default(), volumes: vec![volume] }
     }
 
     #[test]

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod changes;
+mod passthrough;
 mod reading;
 mod rig;
 mod takeover;

@@ -16,6 +16,7 @@ use forebay_fuse::{
     config::ConfigError,
     daemon::{DaemonOptions, Volumes, run_with},
     memory::{Contents, MemoryTree, pattern},
+    node_cache::NodeCacheOptions,
 };
 use forebay_keeper::{Keeper, KeeperOptions, KeeperStatus, MountMode, MountSpec};
 use forebay_protocol::{DatasetId, DatasetPath, FileVersion};
@@ -24,6 +25,9 @@ pub(crate) const VOLUME: &str = "test";
 pub(crate) const MOUNTED_AT_NS: i64 = 1_600_000_000_000_000_000;
 const SOCKET: &str = "FOREBAY_TEST_SOCKET";
 const SCRIPT: &str = "FOREBAY_TEST_SCRIPT";
+const NODE_CACHE: &str = "FOREBAY_TEST_NODE_CACHE";
+/// Of the daemons' node cache.
+const NODE_CACHE_CAPACITY: u64 = 64 << 20;
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Of a daemon that was told to end and has no keeper.
 pub(crate) const LEAVE_PATIENCE: Duration = Duration::from_secs(3);
@@ -162,7 +166,12 @@ fn daemon_child() {
     let (Some(socket), Some(script)) = (std::env::var_os(SOCKET), std::env::var_os(SCRIPT)) else { return };
     // It outlives its keeper, but not its test.
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).unwrap();
-    let options = DaemonOptions { leave_patience: LEAVE_PATIENCE, ..DaemonOptions::new(socket) };
+    let node_cache = std::env::var_os(NODE_CACHE).map(|dir| NodeCacheOptions {
+        dir: dir.into(),
+        capacity: NODE_CACHE_CAPACITY,
+        free_percent: 0,
+    });
+    let options = DaemonOptions { leave_patience: LEAVE_PATIENCE, node_cache, ..DaemonOptions::new(socket) };
     let result = run_with(options, Scripted { script: script.into() });
     if let Err(error) = &result {
         eprintln!("daemon {}: {error}", std::process::id());
@@ -170,8 +179,17 @@ fn daemon_child() {
     std::process::exit(i32::from(result.is_err()));
 }
 
+/// Where the node cache is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum NodeCache {
+    Directory,
+    /// One of its own, of so many bytes.
+    FileSystem(u64),
+}
+
 pub(crate) struct Rig {
     directory: tempfile::TempDir,
+    node_cache: Option<NodeCache>,
     keeper: Option<Keeper>,
     daemons: Vec<Child>,
 }
@@ -179,8 +197,28 @@ pub(crate) struct Rig {
 impl Rig {
     /// Mounts a tree, with an active daemon and a standby.
     pub(crate) fn new(lines: &[Line]) -> Self {
+        Self::start(lines, None)
+    }
+
+    /// The same, with a node cache.
+    pub(crate) fn with_node_cache(lines: &[Line]) -> Self {
+        Self::start(lines, Some(NodeCache::Directory))
+    }
+
+    /// The same, on a file system of so many bytes.
+    pub(crate) fn with_node_cache_of(bytes: u64, lines: &[Line]) -> Self {
+        Self::start(lines, Some(NodeCache::FileSystem(bytes)))
+    }
+
+    fn start(lines: &[Line], node_cache: Option<NodeCache>) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let mut rig = Self { directory, keeper: None, daemons: Vec::new() };
+        let mut rig = Self { directory, node_cache, keeper: None, daemons: Vec::new() };
+        if let Some(NodeCache::FileSystem(bytes)) = node_cache {
+            fs::create_dir(rig.node_cache()).unwrap();
+            let options = std::ffi::CString::new(format!("size={bytes}")).unwrap();
+            let flags = rustix::mount::MountFlags::empty();
+            rustix::mount::mount("tmpfs", rig.node_cache(), "tmpfs", flags, Some(options.as_c_str())).unwrap();
+        }
         File::create(rig.script()).unwrap();
         rig.add(lines);
         rig.start_keeper();
@@ -240,6 +278,11 @@ impl Rig {
         self.directory.path().join("script")
     }
 
+    /// Directory of the node cache.
+    pub(crate) fn node_cache(&self) -> PathBuf {
+        self.directory.path().join("node-cache")
+    }
+
     pub(crate) fn root(&self) -> PathBuf {
         self.directory.path().join("mnt")
     }
@@ -257,7 +300,11 @@ impl Rig {
     /// Starts another daemon.
     pub(crate) fn spawn(&mut self) {
         self.daemons.retain_mut(|child| child.try_wait().unwrap().is_none());
-        let child = Command::new(std::env::current_exe().unwrap())
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        if self.node_cache.is_some() {
+            command.env(NODE_CACHE, self.node_cache());
+        }
+        let child = command
             .args(["--exact", "rig::daemon_child", "--nocapture"])
             .env(SOCKET, self.directory.path().join("keeper.sock"))
             .env(SCRIPT, self.script())
@@ -317,6 +364,9 @@ impl Drop for Rig {
                 result.unwrap();
             }
         }
+        if let Some(NodeCache::FileSystem(_)) = self.node_cache {
+            let _ = rustix::mount::unmount(self.node_cache(), rustix::mount::UnmountFlags::DETACH);
+        }
     }
 }
 
@@ -325,6 +375,26 @@ pub(crate) fn expected(seed: u64, offset: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     pattern(seed, offset, &mut bytes);
     bytes
+}
+
+/// Maps a part of a file, at a page, drops what is cached of it, and verifies it.
+pub(crate) fn read_mapped(path: &Path, seed: u64, from: u64, len: usize) {
+    let file = File::open(path).unwrap();
+    rustix::fs::fadvise(&file, from, std::num::NonZeroU64::new(len as u64), rustix::fs::Advice::DontNeed).unwrap();
+    // SAFETY: a new read-only mapping within a file that does not change; unmapped before anybody could use it again.
+    unsafe {
+        let address = rustix::mm::mmap(
+            std::ptr::null_mut(),
+            len,
+            rustix::mm::ProtFlags::READ,
+            rustix::mm::MapFlags::SHARED,
+            &file,
+            from,
+        )
+        .unwrap();
+        assert!(std::slice::from_raw_parts(address.cast::<u8>(), len) == expected(seed, from, len));
+        rustix::mm::munmap(address, len).unwrap();
+    }
 }
 
 /// A C string of a path.

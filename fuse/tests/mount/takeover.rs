@@ -3,7 +3,6 @@
 use std::{
     fs::{self, File, OpenOptions},
     os::unix::fs::{FileExt, OpenOptionsExt},
-    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -15,10 +14,12 @@ use std::{
 use forebay_keeper::tables::Counter;
 use rustix::process::Signal;
 
-use crate::rig::{LEAVE_PATIENCE, Line, Rig, can_mount, expected, size_of_many};
+use crate::rig::{LEAVE_PATIENCE, Line, Rig, can_mount, expected, read_mapped, size_of_many};
 
 const BIG: u64 = 8 * 1024 * 1024 + 77;
 const FILES: u64 = 200;
+const PASSED: u64 = 12;
+const PASSED_SIZE: u64 = (2 << 20) + 11;
 
 /// Threads that read and verify until they are told to stop. Any error is a panic.
 struct Readers {
@@ -45,7 +46,10 @@ impl Readers {
             read_some(&buffered, step);
         });
         let mapped = big.clone();
-        readers.spawn(move |step| read_mapped(&mapped, step));
+        readers.spawn(move |step| {
+            let from = (step * 1_299_709 % BIG) & !4095;
+            read_mapped(&mapped, 1, from, (64 * 1024).min((BIG - from) as usize));
+        });
         // Open, read, close, stat of many small files.
         let many = rig.at("many");
         readers.spawn(move |step| {
@@ -90,27 +94,6 @@ fn read_some(file: &File, step: u64) {
     assert!(buffer[..got] == expected(1, offset, got), "wrong bytes at {offset}");
 }
 
-fn read_mapped(path: &PathBuf, step: u64) {
-    let file = File::open(path).unwrap();
-    let (from, len) = ((step * 1_299_709 % BIG) & !4095, 64 * 1024);
-    let len = len.min((BIG - from) as usize);
-    rustix::fs::fadvise(&file, from, std::num::NonZeroU64::new(len as u64), rustix::fs::Advice::DontNeed).unwrap();
-    // SAFETY: a new read-only mapping within a file that does not change; unmapped before anybody could use it again.
-    unsafe {
-        let address = rustix::mm::mmap(
-            std::ptr::null_mut(),
-            len,
-            rustix::mm::ProtFlags::READ,
-            rustix::mm::MapFlags::SHARED,
-            &file,
-            from,
-        )
-        .unwrap();
-        assert!(std::slice::from_raw_parts(address.cast::<u8>(), len) == expected(1, from, len));
-        rustix::mm::munmap(address, len).unwrap();
-    }
-}
-
 fn lines() -> Vec<Line> {
     vec![
         Line::Put("/big.bin".to_owned(), 1, BIG),
@@ -122,21 +105,46 @@ fn lines() -> Vec<Line> {
 
 #[test]
 fn killed_again_and_again_under_readers() {
-    killed_again_and_again(&lines());
+    if can_mount() {
+        let rig = Rig::new(&lines());
+        let readers = Readers::start(&rig);
+        killed_again_and_again(rig, readers);
+    }
 }
 
 #[test]
 fn killed_again_and_again_under_readers_of_small_files() {
-    killed_again_and_again(&[lines(), vec![Line::Small]].concat());
+    if can_mount() {
+        let rig = Rig::new(&[lines(), vec![Line::Small]].concat());
+        let readers = Readers::start(&rig);
+        killed_again_and_again(rig, readers);
+    }
 }
 
-fn killed_again_and_again(lines: &[Line]) {
+/// Files come into the node cache, and are opened in both ways, while daemons die.
+#[test]
+fn killed_again_and_again_under_readers_of_passed_files() {
     if !can_mount() {
         return;
     }
+    let passed = (0..PASSED).map(|number| Line::Put(format!("/passed/{number}"), number, PASSED_SIZE));
+    let rig = Rig::with_node_cache(&lines().into_iter().chain(passed).collect::<Vec<_>>());
+    let mut readers = Readers::start(&rig);
+    let directory = rig.at("passed");
+    readers.spawn(move |step| {
+        let number = step * 7 % PASSED;
+        let path = directory.join(number.to_string());
+        let file = File::open(&path).unwrap();
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        assert!(fs::read(&path).unwrap() == expected(number, 0, PASSED_SIZE as usize), "wrong bytes");
+    });
+    let held = rig.at("passed/0");
+    readers.spawn(move |step| read_mapped(&held, 0, step % 256 * 4096, 64 * 1024));
+    killed_again_and_again(rig, readers);
+}
+
+fn killed_again_and_again(mut rig: Rig, readers: Readers) {
     const KILLS: u64 = 100;
-    let mut rig = Rig::new(lines);
-    let readers = Readers::start(&rig);
     let (mut hit, mut slowest) = (0, 0);
     for kill in 0..KILLS {
         thread::sleep(Duration::from_millis(5 + kill * 7 % 20));

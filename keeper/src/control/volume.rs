@@ -1,6 +1,7 @@
 //! One volume: its descriptors, and who serves it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
@@ -103,6 +104,9 @@ pub(crate) struct Volume {
     pub(super) late_resends: u64,
     /// What the daemon that serves it, or served it last, said.
     health: Option<Health>,
+    /// Open backing ids by node, as far as this keeper opened them. The open table has all that are in use; these are for a
+    /// daemon that died before it wrote there.
+    backings: BTreeMap<u64, u32>,
 }
 
 impl Volume {
@@ -135,7 +139,34 @@ impl Volume {
             last_takeover: None,
             late_resends: 0,
             health: None,
+            backings: BTreeMap::new(),
         }
+    }
+
+    /// The backing id of a node for the daemon that serves this volume: `file`'s, unless there is one.
+    pub(super) fn open_backing(&mut self, connection: u64, node: u64, file: &OwnedFd) -> io::Result<u32> {
+        let means = self.served_by(connection)?;
+        if let Some(id) = self.backings.get(&node) {
+            return Ok(*id);
+        }
+        sys::check_backing(file)?;
+        let id = sys::open_backing(&means.fuse, file)?;
+        self.backings.insert(node, id);
+        Ok(id)
+    }
+
+    /// Nothing has the node open any more. What this keeper does not know was opened by the one before.
+    pub(super) fn close_backing(&mut self, connection: u64, node: u64, id: u32) -> io::Result<()> {
+        let means = self.served_by(connection)?;
+        sys::close_backing(&means.fuse, id)?;
+        self.backings.remove(&node);
+        Ok(())
+    }
+
+    fn served_by(&self, connection: u64) -> io::Result<&Means> {
+        let serves = self.state == State::Served { connection };
+        let means = self.means.as_ref().filter(|_| serves);
+        means.ok_or_else(|| io::Error::new(io::ErrorKind::PermissionDenied, "another daemon serves the volume"))
     }
 
     pub(super) fn name(&self) -> &str {
@@ -348,6 +379,7 @@ impl Volume {
             counters: self.means.as_ref().map_or_else(CounterSnapshot::default, |means| means.counters.snapshot()),
             nodes: self.means.as_ref().map_or_else(NodeStats::default, |means| means.nodes.stats()),
             handles_high_water: self.means.as_ref().map_or(0, |means| means.opens.high_water()),
+            backings: self.backings.len() as u64,
         }
     }
 }

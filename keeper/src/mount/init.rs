@@ -29,6 +29,8 @@ const CONGESTION_THRESHOLD: u16 = 48;
 const MAX_PAGES: u16 = 256;
 /// The same in bytes. Nothing is ever written, but the kernel derives its buffers from it.
 const MAX_WRITE: u32 = 1 << 20;
+/// Files that are passed through are on a plain file system.
+const MAX_STACK_DEPTH: u32 = 1;
 /// Nanoseconds: time stamps are exact.
 const TIME_GRAN: u32 = 1;
 
@@ -41,6 +43,7 @@ const CACHE_SYMLINKS: u64 = 1 << 23;
 const EXPLICIT_INVAL_DATA: u64 = 1 << 25;
 const INIT_EXT: u64 = 1 << 30;
 const HAS_EXPIRE_ONLY: u64 = 1 << 35;
+pub(crate) const PASSTHROUGH: u64 = 1 << 37;
 pub(crate) const HAS_RESEND: u64 = 1 << 39;
 pub(crate) const ALLOW_IDMAP: u64 = 1 << 40;
 
@@ -52,8 +55,7 @@ pub(crate) const ALLOW_IDMAP: u64 = 1 << 40;
 ///   does, whatever is accepted;
 /// - OVER_IO_URING: requests in flight would be lost with a daemon; clone_fd is avoided for the same reason;
 /// - REQUEST_TIMEOUT: a hand-over may take longer; nobody there at all is the keeper's own deadline;
-/// - PASSTHROUGH: comes with the node cache. It is accepted here (with `max_stack_depth` 1 in the reply) when the keeper
-///   opens backing ids; the open table has the place for them.
+/// - PASSTHROUGH, unless files are to be passed through.
 const WANTED: u64 = ASYNC_READ
     | DO_READDIRPLUS
     | ASYNC_DIO
@@ -97,8 +99,8 @@ pub(crate) struct Negotiated {
 }
 
 /// Decides on the kernel's INIT. `default_permissions`: whether the mount has that option, without which the kernel fails
-/// a reply with ALLOW_IDMAP.
-pub(crate) fn negotiate(init: &[u8], default_permissions: bool) -> Result<Negotiated, InitError> {
+/// a reply with ALLOW_IDMAP. `passthrough`: whether files are to be passed through, where the kernel can.
+pub(crate) fn negotiate(init: &[u8], default_permissions: bool, passthrough: bool) -> Result<Negotiated, InitError> {
     let u32_at = |at: usize| init.get(at..at + 4).and_then(|bytes| bytes.try_into().ok()).map(u32::from_ne_bytes);
     let field = |at: usize| u32_at(at).ok_or(InitError::Malformed);
     if init.len() < IN_HEADER + INIT_IN || field(4)? != OPCODE || field(0)? as usize != init.len() {
@@ -113,7 +115,7 @@ pub(crate) fn negotiate(init: &[u8], default_permissions: bool) -> Result<Negoti
     if kernel & INIT_EXT != 0 {
         kernel |= u64::from(field(AT_FLAGS + 4)?) << 32;
     }
-    let mut flags = kernel & WANTED;
+    let mut flags = kernel & (WANTED | if passthrough { PASSTHROUGH } else { 0 });
     if !default_permissions {
         flags &= !ALLOW_IDMAP;
     }
@@ -135,7 +137,9 @@ pub(crate) fn negotiate(init: &[u8], default_permissions: bool) -> Result<Negoti
     reply.extend_from_slice(&MAX_PAGES.to_ne_bytes());
     reply.extend_from_slice(&0u16.to_ne_bytes()); // map_alignment
     reply.extend_from_slice(&((flags >> 32) as u32).to_ne_bytes());
-    reply.resize(80, 0); // max_stack_depth, request_timeout, unused
+    let depth = if flags & PASSTHROUGH == 0 { 0 } else { MAX_STACK_DEPTH };
+    reply.extend_from_slice(&depth.to_ne_bytes());
+    reply.resize(80, 0); // request_timeout, unused
 
     let mut offered = init.to_vec();
     offered[AT_FLAGS..AT_FLAGS + 4].copy_from_slice(&(flags as u32).to_ne_bytes());
@@ -159,27 +163,27 @@ mod tests {
     #[test]
     fn accepts_what_is_wanted_and_offered_and_offers_that() {
         let all = u64::MAX;
-        let first = negotiate(&init(45, all), true).unwrap();
+        let first = negotiate(&init(45, all), true, false).unwrap();
         assert_eq!(first.flags, WANTED);
         assert_eq!(first.reply.len(), 80);
         assert_eq!(first.max_readahead, 131_072);
         // Negotiating the offered INIT changes nothing: every generation sees the same.
-        let again = negotiate(&first.offered, true).unwrap();
+        let again = negotiate(&first.offered, true, false).unwrap();
         assert_eq!((again.flags, &again.offered), (first.flags, &first.offered));
-        assert_eq!(negotiate(&init(45, all), false).unwrap().flags, WANTED & !ALLOW_IDMAP);
-        let few = negotiate(&init(41, HAS_RESEND | INIT_EXT), true).unwrap();
+        assert_eq!(negotiate(&init(45, all), false, false).unwrap().flags, WANTED & !ALLOW_IDMAP);
+        let few = negotiate(&init(41, HAS_RESEND | INIT_EXT), true, false).unwrap();
         assert_eq!(few.flags, HAS_RESEND | INIT_EXT);
     }
 
     #[test]
     fn refuses_old_kernels_and_garbage() {
-        assert_eq!(negotiate(&init(39, INIT_EXT | ASYNC_READ), true), Err(InitError::NoResend(7, 39)));
+        assert_eq!(negotiate(&init(39, INIT_EXT | ASYNC_READ), true, false), Err(InitError::NoResend(7, 39)));
         // The upper flags count only with INIT_EXT.
-        assert_eq!(negotiate(&init(39, HAS_RESEND), true), Err(InitError::NoResend(7, 39)));
-        assert_eq!(negotiate(&[], true), Err(InitError::Malformed));
-        assert_eq!(negotiate(&init(45, u64::MAX)[..100], true), Err(InitError::Malformed));
+        assert_eq!(negotiate(&init(39, HAS_RESEND), true, false), Err(InitError::NoResend(7, 39)));
+        assert_eq!(negotiate(&[], true, false), Err(InitError::Malformed));
+        assert_eq!(negotiate(&init(45, u64::MAX)[..100], true, false), Err(InitError::Malformed));
         let mut other = init(45, u64::MAX);
         other[40] = 8;
-        assert_eq!(negotiate(&other, true), Err(InitError::Version(8, 45)));
+        assert_eq!(negotiate(&other, true, false), Err(InitError::Version(8, 45)));
     }
 }

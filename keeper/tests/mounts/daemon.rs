@@ -118,7 +118,8 @@ pub(crate) fn run(socket: PathBuf) {
                     Err(error) => link.attach_failed(&volume, generation, &error),
                 }
             }
-            Some(Message::Role(_) | Message::Prepare { .. } | Message::Detach { .. }) | None => {}
+            Some(Message::Role(_) | Message::Prepare { .. } | Message::Detach { .. } | Message::Backing { .. })
+            | None => {}
             Some(Message::Stop | Message::Go) => std::process::exit(0),
         }
     }

@@ -33,8 +33,9 @@ async fn directories_are_listed_when_they_are_asked_for_and_once() {
     assert_eq!(f.lookup("/d", "..").await, Err(MetadataError::NotFound));
     assert_eq!((f.store.listed(""), f.store.listed("d"), f.store.listed("d/e")), (1, 1, 0));
     let scan = f.dataset.scan_directory(0, &path("/d"), b"").await.unwrap();
+    let digest = scan.digest;
     let expected =
-        DirectoryScan { files: 2, bytes: 5, subdirectories: vec!["e".into()], end: true, ..Default::default() };
+        DirectoryScan { files: 2, bytes: 5, digest, subdirectories: vec!["e".into()], end: true, ..Default::default() };
     assert_eq!(scan, expected);
     assert_eq!(f.dataset.stats().listings, 2);
     assert_eq!(f.dataset.requests().lists, 2);

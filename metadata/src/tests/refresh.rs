@@ -297,3 +297,113 @@ async fn a_watch_ends_with_its_dataset() {
     assert_eq!(stream.next().await.unwrap().kind, InvalidationKind::Reset);
     let _: Arc<_> = f.dataset;
 }
+
+/// What a scan ahead of need, under a generation of its own, finds of a directory.
+async fn ahead(f: &Fixture, generation: u64, dir: &str) -> Result<crate::DirectoryScan, MetadataError> {
+    f.dataset.scan_ahead(generation, &path(dir), b"").await
+}
+
+#[tokio::test]
+async fn what_is_listed_ahead_of_need_is_answered_all_the_while() {
+    let f = Fixture::new().await;
+    f.store.set_page(2);
+    for key in ["a", "b", "c", "d", "e"] {
+        f.store.put(key, 1, "v1");
+    }
+    assert_eq!(f.names("/").await.unwrap(), ["a", "b", "c", "d", "e"]);
+    let before = f.dataset.scan_directory(0, &path("/"), b"").await.unwrap();
+    let mut stream = follow(&f).await;
+    f.store.put("a", 1, "v2");
+    f.store.delete("b");
+    f.store.put("f", 1, "v1");
+    // The first page comes, the second takes its time.
+    let gate = f.store.gate();
+    let scanning = tokio::spawn({
+        let dataset = f.dataset.clone();
+        async move { dataset.scan_ahead(1, &path("/"), b"").await }
+    });
+    gate.add_permits(1);
+    tokio::time::timeout(Duration::from_secs(10), async {
+        while f.lookup("/", "a").await.unwrap() != "v2" {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    })
+    .await
+    .unwrap();
+    assert_eq!(f.lookup("/", "e").await.unwrap(), "v1");
+    assert_eq!(f.lookup("/", "f").await, Err(MetadataError::NotFound));
+    assert!(f.names("/").await.unwrap().ends_with(&["d".to_owned(), "e".to_owned()]));
+    assert_eq!(f.dataset.generation(), 0, "readers wait for nothing");
+    f.store.ungate();
+    let scan = scanning.await.unwrap().unwrap();
+    assert_eq!((scan.files, scan.changed), (5, 3));
+    assert_ne!(scan.digest, before.digest);
+    assert_eq!(drain(&mut stream).await, [("/".to_owned(), ["a", "b", "f"].map(str::to_owned).to_vec())]);
+    // Raised to it, nothing is listed again.
+    let asked = f.store.listed("");
+    f.dataset.adopt_generation(1);
+    assert_eq!(f.names("/").await.unwrap(), ["a", "c", "d", "e", "f"]);
+    assert_eq!(f.store.listed(""), asked);
+}
+
+#[tokio::test]
+async fn a_source_that_is_away_is_listed_ahead_in_vain_and_nobody_notices() {
+    let f = Fixture::new().await;
+    f.store.put("d/a", 1, "v1");
+    f.store.put("d/b", 1, "v1");
+    assert_eq!(f.names("/d").await.unwrap(), ["a", "b"]);
+    f.store.put("d/a", 1, "v2");
+    f.store.fault("d", Fault::Error(StoreError::Unavailable("down".to_owned())));
+    assert!(matches!(ahead(&f, 1, "/d").await, Err(MetadataError::Unavailable(_))));
+    // The failure is remembered, for those who have to wait for the source.
+    assert!(matches!(ahead(&f, 1, "/d").await, Err(MetadataError::Unavailable(_))));
+    assert_eq!(f.names("/d").await.unwrap(), ["a", "b"]);
+    assert_eq!(f.lookup("/d", "a").await.unwrap(), "v1");
+    tokio::time::sleep(f.options.failure_ttl).await;
+    assert_eq!(ahead(&f, 1, "/d").await.unwrap().changed, 1);
+    assert_eq!(f.lookup("/d", "a").await.unwrap(), "v2");
+    // A directory that went is gone, for readers too, once that is found out.
+    f.store.delete("d/a");
+    f.store.delete("d/b");
+    assert_eq!(ahead(&f, 2, "/d").await, Err(MetadataError::NotFound));
+    assert_eq!(f.lookup("/d", "a").await, Err(MetadataError::NotFound));
+}
+
+#[tokio::test]
+async fn a_digest_is_of_paths_and_versions_and_nothing_else() {
+    let digest = async |keys: &[(&str, u64, &str)]| {
+        let f = Fixture::new().await;
+        // In another order, and in pages of another size.
+        f.store.set_page(1 + keys.len() % 3);
+        for (key, size, version) in keys {
+            f.store.put(key, *size, version);
+        }
+        let scan = Scanner::start(f.dataset.clone(), 0, path("/"), ScanOptions::default(), CancellationToken::new());
+        let progress = scan.finished().await;
+        assert_eq!(progress.state, ScanState::Complete);
+        progress.digest
+    };
+    let base = digest(&[("a", 1, "v"), ("d/b", 2, "v"), ("d/c", 3, "w")]).await;
+    assert_eq!(base, digest(&[("d/c", 3, "w"), ("a", 1, "v"), ("d/b", 2, "v")]).await);
+    let others: [&[(&str, u64, &str)]; 7] = [
+        &[("a", 1, "v"), ("d/b", 2, "v")],
+        &[("a", 1, "v"), ("d/b", 2, "v"), ("d/c", 3, "v")],
+        &[("a", 1, "v"), ("d/b", 2, "v"), ("d/c", 4, "w")],
+        &[("a", 1, "v"), ("d/b", 2, "v"), ("e/c", 3, "w")],
+        &[("a", 1, "v"), ("e/b", 2, "v"), ("e/c", 3, "w")],
+        &[("a", 1, "v"), ("d/c", 2, "v"), ("d/b", 3, "w")],
+        &[("d/a", 1, "v"), ("d/b", 2, "v"), ("d/c", 3, "w")],
+    ];
+    for other in others {
+        assert_ne!(base, digest(other).await, "{other:?}");
+    }
+    // A correction of one file comes to the same as a listing.
+    let f = Fixture::new().await;
+    f.store.put("a", 1, "v1");
+    f.names("/").await.unwrap();
+    f.store.put("a", 2, "v2");
+    assert!(f.dataset.recheck_now(&path("/a")).await.unwrap());
+    let corrected = f.dataset.scan_directory(0, &path("/"), b"").await.unwrap().digest;
+    f.raise().await;
+    assert_eq!(f.dataset.scan_directory(1, &path("/"), b"").await.unwrap().digest, corrected);
+}

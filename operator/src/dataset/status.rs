@@ -5,7 +5,7 @@ mod assess;
 use std::time::{Duration, Instant};
 
 use forebay_api::{API_VERSION, Dataset, DatasetStatus};
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use kube::{
     Api, Resource as _, ResourceExt as _,
     api::{Patch, PatchParams},
@@ -23,15 +23,18 @@ use crate::{
     poll::ScanState,
 };
 
-/// Writes what changed. `Some`: there is more to write, when this time is over.
+/// Writes what changed; `refreshed` is the request for which a refresh has begun. `Some`: there is more to write, when
+/// this time is over.
 pub async fn publish(
     context: &Context,
     dataset: &Dataset,
     found: &Found,
     outcome: &Outcome,
+    refreshed: Option<String>,
 ) -> Result<Option<Duration>, CallError> {
     let before = dataset.status.clone().unwrap_or_default();
     let mut after = numbers(&before, found);
+    after.last_refresh = refreshed.or_else(|| before.last_refresh.clone());
     after.claim_name = match outcome {
         Outcome::Bound | Outcome::Binding(..) => Some(dataset.name_any()),
         Outcome::NameTaken(_) => None,
@@ -94,6 +97,9 @@ fn urgent_fields(status: &DatasetStatus) -> impl PartialEq + '_ {
     let DatasetStatus {
         observed_generation,
         phase,
+        revision,
+        last_sync_time: _,
+        last_refresh,
         files,
         bytes,
         cached_bytes,
@@ -107,7 +113,7 @@ fn urgent_fields(status: &DatasetStatus) -> impl PartialEq + '_ {
         conditions: _,
     } = status;
     let known = [files, bytes, cached_bytes, pinned_bytes, hits, misses].map(Option::is_some);
-    (observed_generation, phase, known, hit_ratio_percent.is_some(), claim_name)
+    (observed_generation, phase, revision, last_refresh, known, hit_ratio_percent.is_some(), claim_name)
 }
 
 /// Whether a number or a message is worth writing.
@@ -116,6 +122,7 @@ fn changed(before: &DatasetStatus, after: &DatasetStatus) -> bool {
         [status.files, status.bytes, status.cached_bytes, status.pinned_bytes, status.hits, status.misses]
     };
     numbers(before).into_iter().zip(numbers(after)).any(|(old, new)| differs(old, new))
+        || before.last_sync_time != after.last_sync_time
         || before.conditions != after.conditions
 }
 
@@ -134,6 +141,8 @@ fn numbers(before: &DatasetStatus, found: &Found) -> DatasetStatus {
     let hits = seen.map(|seen| seen.hits).max(before.hits);
     let misses = seen.map(|seen| seen.misses).max(before.misses);
     DatasetStatus {
+        revision: counted.map(|scan| format!("{:016x}", scan.digest)).or_else(|| before.revision.clone()),
+        last_sync_time: counted.and_then(|scan| scan.synced).map(Time).or_else(|| before.last_sync_time.clone()),
         files,
         bytes,
         size: bytes.map(human),

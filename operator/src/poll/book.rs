@@ -16,6 +16,8 @@ use forebay_protocol::{
     worker::{self as wire, StatusResponse},
 };
 
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+
 use super::{
     counters::{Counters, Reads},
     dataset_id,
@@ -62,10 +64,21 @@ pub struct DatasetSeen {
     pub misses: u64,
     pub scan: Option<ScanSeen>,
     pub problem: Option<Problem>,
+    /// Loads that have a name.
+    pub runs: BTreeMap<String, RunSeen>,
+}
+
+/// What workers said of a load.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RunSeen {
+    /// Shares of workers, by name.
+    pub shares: BTreeMap<String, wire::LoadProgress>,
+    /// Why a share ended before it was finished.
+    pub errors: Vec<String>,
 }
 
 /// How far its sources have been counted.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ScanSeen {
     pub generation: u64,
     pub state: ScanState,
@@ -73,11 +86,16 @@ pub struct ScanSeen {
     pub bytes: u64,
     pub directories: u64,
     pub error: String,
+    /// Of all files with their paths and versions.
+    pub digest: u64,
+    /// When the sources began to be listed, if they are listed periodically.
+    pub synced: Option<Timestamp>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ScanState {
     Failed,
+    #[default]
     Running,
     Complete,
 }
@@ -128,6 +146,8 @@ struct Last {
     seen: WorkerSeen,
     /// Bytes that are cached and pinned of each Dataset that it holds; none of one that it is wiping.
     datasets: HashMap<DatasetId, (u64, u64)>,
+    /// Loads that have a name.
+    runs: HashMap<DatasetId, Vec<wire::LoadRun>>,
 }
 
 /// What was said so far.
@@ -135,11 +155,13 @@ pub struct Book {
     began: Instant,
     workers: HashMap<String, Last>,
     counters: HashMap<DatasetId, Counters>,
+    /// When the sources began to be listed under a generation, as it was first told: ages are told with every answer.
+    synced: HashMap<DatasetId, (u64, Timestamp)>,
 }
 
 impl Book {
     pub fn new(began: Instant) -> Self {
-        Self { began, workers: HashMap::new(), counters: HashMap::new() }
+        Self { began, workers: HashMap::new(), counters: HashMap::new(), synced: HashMap::new() }
     }
 
     /// Enters one round of answers, one for each member, and adds up. `datasets` are those that exist.
@@ -164,9 +186,11 @@ impl Book {
                 last.seen.is_known = true;
                 let wiping = status.wiping.iter().filter_map(|id| DatasetId::from_slice(id));
                 last.datasets = wiping.map(|id| (id, (0, 0))).collect();
-                for dataset in status.datasets {
+                last.runs.clear();
+                for mut dataset in status.datasets {
                     let Some(id) = DatasetId::from_slice(&dataset.dataset) else { continue };
                     last.datasets.insert(id, (dataset.cached_bytes, dataset.pinned_bytes));
+                    last.runs.insert(id, std::mem::take(&mut dataset.runs));
                     if let Some(published) = published.get(&id) {
                         let reads = Reads { hits: dataset.hit_bytes, misses: dataset.miss_bytes };
                         let counters =
@@ -182,7 +206,22 @@ impl Book {
                 dataset.cached += cached;
                 dataset.pinned += pinned;
             }
+            for (id, runs) in &last.runs {
+                let dataset = seen.datasets.entry(*id).or_default();
+                runs.iter().for_each(|run| dataset.hear_run(&member.name, run));
+            }
             seen.workers.insert(member.name, last.seen.clone());
+        }
+        self.synced.retain(|id, _| published.contains_key(id));
+        for (id, dataset) in &mut seen.datasets {
+            let Some(scan) = &mut dataset.scan else { continue };
+            if let Some(told) = &mut scan.synced {
+                let first = self.synced.entry(*id).or_insert((scan.generation, *told));
+                if first.0 != scan.generation {
+                    *first = (scan.generation, *told);
+                }
+                *told = first.1;
+            }
         }
         for (id, counters) in &mut self.counters {
             let total = counters.total();
@@ -204,6 +243,14 @@ fn published(dataset: &Arc<Dataset>) -> Option<(DatasetId, Option<Reads>)> {
 }
 
 impl DatasetSeen {
+    fn hear_run(&mut self, worker: &str, said: &wire::LoadRun) {
+        let run = self.runs.entry(said.run.clone()).or_default();
+        run.shares.insert(worker.to_owned(), said.progress.clone().unwrap_or_default());
+        if !said.error.is_empty() {
+            run.errors.push(format!("worker {worker}: {}", said.error));
+        }
+    }
+
     fn hear(&mut self, said: wire::DatasetStatus, serving: bool) {
         self.served_by += usize::from(serving);
         if let Some(scan) = said.scan.and_then(scan) {
@@ -229,8 +276,10 @@ fn scan(scan: wire::ScanProgress) -> Option<ScanSeen> {
         wire::ScanState::Failed => ScanState::Failed,
         wire::ScanState::Unspecified => return None,
     };
-    let wire::ScanProgress { generation, files, bytes, directories, error, .. } = scan;
-    Some(ScanSeen { generation, state, files, bytes, directories, error })
+    let wire::ScanProgress { generation, files, bytes, directories, error, digest, synced_ms, .. } = scan;
+    let age = synced_ms.and_then(|ms| Some(SignedDuration::from_millis(i64::try_from(ms).ok()?)));
+    let synced = age.and_then(|age| Timestamp::now().checked_sub(age).ok());
+    Some(ScanSeen { generation, state, files, bytes, directories, error, digest, synced })
 }
 
 #[cfg(test)]
@@ -270,6 +319,24 @@ mod tests {
 
     fn silent(name: &str) -> Answer {
         Answer { member: member(name, MemberState::Serving), said: Err("gone".into()) }
+    }
+
+    #[test]
+    fn shares_of_a_load_are_kept_by_worker() {
+        let mut book = Book::new(Instant::now());
+        let share = |name: &str, done_files, error: &str| {
+            let (run, error) = ("r".to_owned(), error.to_owned());
+            let progress = Some(wire::LoadProgress { done_files, ..Default::default() });
+            answer(name, move |_, said| said.runs = vec![wire::LoadRun { run, progress, error }])
+        };
+        let datasets = [dataset(json!({}))];
+        book.enter(vec![share("w-0", 3, ""), share("w-1", 4, "the disk is gone")], &datasets);
+        // The second one says nothing now; what it said counts.
+        let silent = Answer { member: member("w-1", MemberState::Serving), said: Err("no".into()) };
+        let seen = book.enter(vec![share("w-0", 5, ""), silent], &datasets);
+        let run = &seen.datasets[&id()].runs["r"];
+        let done: Vec<u64> = run.shares.values().map(|share| share.done_files).collect();
+        assert_eq!((done, run.errors.as_slice()), (vec![5, 4], ["worker w-1: the disk is gone".to_owned()].as_slice()));
     }
 
     #[test]

@@ -58,7 +58,7 @@ async fn try_apply(context: &Context, owner: &Owner, objects: Objects, settled: 
     one(context, owner, &stores.services, Some(service)).await?;
     one(context, owner, &stores.service_accounts, service_account).await?;
     one(context, owner, &stores.role_bindings, Some(role_binding)).await?;
-    one(context, owner, &stores.policies, Some(policy)).await?;
+    one(context, owner, &stores.network_policies, Some(policy)).await?;
     one(context, owner, &stores.budgets, Some(budget)).await?;
     one(context, owner, &stores.stateful_sets, Some(stateful_set)).await
 }

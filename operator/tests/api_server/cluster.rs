@@ -34,6 +34,8 @@ pub(crate) const ROLE_BINDING: Kind = ("rbac.authorization.k8s.io/v1", "RoleBind
 pub(crate) const DATASET: Kind = ("forebay.io/v1alpha1", "Dataset", "datasets");
 pub(crate) const RUNTIME: Kind = ("forebay.io/v1alpha1", "CacheRuntime", "cacheruntimes");
 
+pub(crate) const PRELOAD_POLICY: Kind = ("forebay.io/v1alpha1", "PreloadPolicy", "preloadpolicies");
+
 impl Cluster {
     pub(crate) fn new(client: Client) -> Self {
         Self(client)

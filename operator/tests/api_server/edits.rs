@@ -330,6 +330,22 @@ pub(crate) async fn of_each_field_of_a_dataset(cluster: &Cluster) {
                 told,
                 "/datasets/0/sources/0/spec/s3/addressing",
             ),
+            seen(
+                "spec.sync.mode",
+                "/sync",
+                json!({"mode": "Periodic", "interval": "5m"}),
+                told,
+                "/datasets/0/syncInterval/secs",
+                json!(300),
+            ),
+            seen(
+                "spec.sync.interval",
+                "/sync",
+                json!({"mode": "Periodic", "interval": "1m30s"}),
+                told,
+                "/datasets/0/syncInterval/secs",
+                json!(90),
+            ),
             passed("spec.cache.policy", "/cache/policy", json!("LRU"), told, "/datasets/0/policy"),
             // Each of the two workers has its half.
             seen("spec.cache.quota", "/cache/quota", json!("4Gi"), told, "/datasets/0/quota", json!(2_u64 << 30)),

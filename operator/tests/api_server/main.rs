@@ -6,6 +6,7 @@ mod cluster;
 mod datasets;
 mod deletion;
 mod edits;
+mod policies;
 mod runtimes;
 mod server;
 
@@ -47,6 +48,8 @@ async fn on_an_api_server() {
             names_of_63_characters, the_volume_grows_with_the_dataset;
         deletion: the_dataset_before_its_runtime, the_runtime_before_its_dataset, the_claim_before_its_dataset,
             the_claim_is_in_use, workers_that_never_answer, the_finalizer_is_removed_by_force, the_namespace_goes;
+        policies: the_next_time_follows_the_schedule, a_schedule_without_times_is_told,
+            history_is_kept_within_its_limits;
         edits: of_each_field_of_a_runtime, of_each_field_of_a_dataset;
     };
     assert!(failed.is_empty(), "{}\nfailed: {}", server.said(), failed.join(", "));

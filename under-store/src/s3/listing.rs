@@ -5,8 +5,7 @@ use forebay_protocol::identity::is_valid_name;
 use percent_encoding::percent_decode;
 use serde::Deserialize;
 
-use super::version::State;
-use crate::{Item, ItemKind, Page};
+use crate::{Item, ItemKind, Page, version::State};
 
 /// Most bytes of an answer: 1,000 keys of 1 KiB, percent-encoded (three times the size), with 1 KiB around each, twice
 /// over.
@@ -119,7 +118,7 @@ impl Reply {
 fn file(name: &[u8], size: Option<String>, etag: Option<&str>, modified: Option<&str>) -> Line {
     let size = size.and_then(|size| size.trim().parse().ok());
     let kind = size.filter(|_| is_valid_name(name)).and_then(|size| {
-        let state = State::of_listing(etag, modified, size);
+        let state = State::new(etag, modified, size);
         Some(ItemKind::File { size, mtime_ns: state.mtime_ns(), version: state.version()? })
     });
     (name.to_vec(), kind)

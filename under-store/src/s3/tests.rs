@@ -3,7 +3,7 @@
 
 use std::{
     process::{Child, Command, Stdio},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -12,7 +12,7 @@ use futures::{StreamExt, future::BoxFuture, stream};
 
 use super::*;
 use crate::{
-    S3Credentials, S3Options,
+    ItemKind, S3Credentials, S3Options,
     conformance::{self, Abilities, Fixture, list_all, read},
 };
 
@@ -28,15 +28,6 @@ fn spec(endpoint: &str, key: &str, secret: &str, prefix: &str) -> SourceSpec {
             session_token: None,
         }),
     }
-}
-
-fn patient() -> Limits {
-    Limits { deadline: Duration::from_secs(30), ..Limits::default() }
-}
-
-/// Fails fast, so that tests do, but not because the machine is busy: requests are counted.
-fn hasty() -> Limits {
-    Limits { deadline: Duration::from_secs(6), progress_timeout: Duration::from_secs(1), ..Limits::default() }
 }
 
 struct InProcess {
@@ -66,7 +57,7 @@ impl InProcess {
 
 impl Fixture for InProcess {
     fn store(&self) -> Arc<dyn UnderStore> {
-        self.open(&patient())
+        self.open(&Limits::patient())
     }
 
     fn put<'a>(&'a self, key: &'a [u8], bytes: Bytes) -> BoxFuture<'a, ()> {
@@ -91,7 +82,7 @@ impl Fixture for InProcess {
 
     fn denied(&self) -> Option<Arc<dyn UnderStore>> {
         let spec = spec(&self.server.endpoint(), self.server.access_key(), "wrong", self.prefix);
-        Some(crate::open(&spec, &patient()).unwrap())
+        Some(crate::open(&spec, &Limits::patient()).unwrap())
     }
 }
 
@@ -154,7 +145,7 @@ impl Versity {
             .spawn()
             .unwrap();
         let endpoint = format!("http://127.0.0.1:{port}");
-        let transport = Transport::new(&spec(&endpoint, "key", "hush", ""), BUCKET, &patient()).unwrap();
+        let transport = Transport::new(&spec(&endpoint, "key", "hush", ""), BUCKET, &Limits::patient()).unwrap();
         let versity = Self { process, _folder: folder, endpoint, transport };
         // Refused connections are tried again until it listens.
         versity.call(Call::create_bucket).await;
@@ -171,7 +162,7 @@ impl Versity {
 
 impl Fixture for Versity {
     fn store(&self) -> Arc<dyn UnderStore> {
-        crate::open(&spec(&self.endpoint, "key", "hush", ""), &patient()).unwrap()
+        crate::open(&spec(&self.endpoint, "key", "hush", ""), &Limits::patient()).unwrap()
     }
 
     fn put<'a>(&'a self, key: &'a [u8], bytes: Bytes) -> BoxFuture<'a, ()> {
@@ -191,7 +182,7 @@ impl Fixture for Versity {
     }
 
     fn denied(&self) -> Option<Arc<dyn UnderStore>> {
-        Some(crate::open(&spec(&self.endpoint, "key", "wrong", ""), &patient()).unwrap())
+        Some(crate::open(&spec(&self.endpoint, "key", "wrong", ""), &Limits::patient()).unwrap())
     }
 }
 
@@ -232,14 +223,14 @@ fn is_unavailable(result: &Result<(), StoreError>) -> bool {
 #[tokio::test]
 async fn passing_errors_pass() {
     let faults = [500, 502, 503, 429].map(|status| Fault::new(Action::Status(status)).times(1));
-    let (result, fixture, _) = read_with(&faults, &hasty()).await;
+    let (result, fixture, _) = read_with(&faults, &Limits::hasty()).await;
     result.unwrap();
     // All four met the first request; the first status answers. Others then as they come.
     assert_eq!(fixture.server.counters().gets, 2);
-    let (result, fixture, _) = read_with(&[Fault::new(Action::Status(500)).times(3)], &hasty()).await;
+    let (result, fixture, _) = read_with(&[Fault::new(Action::Status(500)).times(3)], &Limits::hasty()).await;
     result.unwrap();
     assert_eq!(fixture.server.counters().gets, 4);
-    let store = fixture.open(&hasty());
+    let store = fixture.open(&Limits::hasty());
     fixture.server.faults().add(Fault::new(Action::Status(503)).on(On::Head).times(2));
     fixture.server.faults().add(Fault::new(Action::Reset { after: None }).on(On::List).times(2));
     fixture.server.faults().add(Fault::new(Action::Truncate { after: 30 }).on(On::List).skip(2).times(1));
@@ -261,7 +252,7 @@ async fn lasting_errors_end_by_the_deadline() {
         Action::Delay(Duration::from_secs(60)),
         Action::Header("content-range", "bytes 5-9/1048576".to_owned()),
     ] {
-        let limits = Limits { deadline: Duration::from_secs(1), ..hasty() };
+        let limits = Limits { deadline: Duration::from_secs(1), ..Limits::hasty() };
         let (result, _, _) = read_with(&[Fault::new(action.clone()).on(On::Get)], &limits).await;
         assert!(is_unavailable(&result), "{action:?}: {result:?}");
     }
@@ -273,7 +264,7 @@ async fn what_is_wrong_with_a_source_is_told_apart_and_soon() {
     let (endpoint, id, secret) = (fixture.server.endpoint(), fixture.server.access_key(), fixture.server.secret_key());
     let kind = |error: StoreError| format!("{error:?}").split('(').next().unwrap().to_owned();
     let told = async |spec: SourceSpec| {
-        let store = crate::open(&spec, &hasty()).unwrap();
+        let store = crate::open(&spec, &Limits::hasty()).unwrap();
         let checking = store.clone();
         let check = tokio::spawn(async move { checking.check().await });
         let start = Instant::now();
@@ -295,7 +286,7 @@ async fn what_is_wrong_with_a_source_is_told_apart_and_soon() {
     fixture.server.faults().clear();
     assert_eq!(told(spec(&endpoint, id, secret, "no/such/prefix/")).await, None, "a prefix without keys is empty");
 
-    let store = fixture.open(&hasty());
+    let store = fixture.open(&Limits::hasty());
     let fault = fixture.server.faults().add(Fault::new(Action::Status(503)));
     let checking = store.clone();
     let check = tokio::spawn(async move { checking.check().await });
@@ -309,10 +300,10 @@ async fn what_is_wrong_with_a_source_is_told_apart_and_soon() {
 
 #[tokio::test]
 async fn the_store_says_when_to_come_back() {
-    let (result, _, taken) = read_with(&[Fault::new(Action::RetryAfter(503, 1)).times(1)], &hasty()).await;
+    let (result, _, taken) = read_with(&[Fault::new(Action::RetryAfter(503, 1)).times(1)], &Limits::hasty()).await;
     result.unwrap();
     assert!(taken >= Duration::from_secs(1), "{taken:?}");
-    let (result, fixture, taken) = read_with(&[Fault::new(Action::RetryAfter(429, 1000))], &hasty()).await;
+    let (result, fixture, taken) = read_with(&[Fault::new(Action::RetryAfter(429, 1000))], &Limits::hasty()).await;
     assert!(is_unavailable(&result) && taken < Duration::from_secs(5), "{result:?} {taken:?}");
     assert_eq!(fixture.server.counters().gets, 1);
 }
@@ -324,7 +315,7 @@ async fn broken_bodies_are_resumed_where_they_stopped() {
         Action::Reset { after: Some(700_000) },
         Action::StallBody { after: 700_000, stall: Duration::from_secs(60) },
     ] {
-        let (result, fixture, _) = read_with(&[Fault::new(action.clone()).times(1)], &hasty()).await;
+        let (result, fixture, _) = read_with(&[Fault::new(action.clone()).times(1)], &Limits::hasty()).await;
         result.unwrap();
         let counters = fixture.server.counters();
         assert_eq!(counters.gets, 2, "{action:?}");
@@ -335,7 +326,8 @@ async fn broken_bodies_are_resumed_where_they_stopped() {
     }
     // Ten times in a row, each bringing a little.
     let fault = Fault::new(Action::Truncate { after: 100_000 });
-    let (result, fixture, _) = read_with(&[fault], &Limits { deadline: Duration::from_secs(20), ..hasty() }).await;
+    let (result, fixture, _) =
+        read_with(&[fault], &Limits { deadline: Duration::from_secs(20), ..Limits::hasty() }).await;
     result.unwrap();
     assert_eq!(fixture.server.counters().gets, 11);
 }
@@ -343,7 +335,7 @@ async fn broken_bodies_are_resumed_where_they_stopped() {
 #[tokio::test]
 async fn a_short_stall_is_waited_for() {
     let fault = Fault::new(Action::StallBody { after: 1000, stall: Duration::from_millis(50) });
-    let (result, fixture, _) = read_with(&[fault], &hasty()).await;
+    let (result, fixture, _) = read_with(&[fault], &Limits::hasty()).await;
     result.unwrap();
     assert_eq!(fixture.server.counters().gets, 1);
 }
@@ -357,7 +349,7 @@ async fn an_object_that_changes_in_a_stream_is_never_mixed() {
         if ignored {
             fixture.server.faults().add(Fault::new(Action::IgnoreConditions));
         }
-        let store = fixture.open(&hasty());
+        let store = fixture.open(&Limits::hasty());
         let mut stream = store.get(b"k", &version, size, 0..size).await.unwrap();
         let first = stream.next().await.unwrap().unwrap();
         assert!(pattern(SIZE).starts_with(&first));
@@ -385,7 +377,7 @@ async fn an_object_that_changes_in_a_stream_is_never_mixed() {
 async fn an_overwritten_object_is_read_on_by_who_has_it_open() {
     let fixture = InProcess::start("").await;
     let (version, size) = fixture.object("k", pattern(8 * SIZE)).await;
-    let store = fixture.open(&hasty());
+    let store = fixture.open(&Limits::hasty());
     let mut stream = store.get(b"k", &version, size, 0..size).await.unwrap();
     let mut received = stream.next().await.unwrap().unwrap().to_vec();
     fixture.object("k", vec![7; SIZE]).await;
@@ -400,7 +392,7 @@ async fn refusals_are_not_tried_again() {
     for (status, wanted) in
         [(403, "PermissionDenied"), (404, "NotFound"), (412, "VersionMismatch"), (416, "VersionMismatch")]
     {
-        let (result, fixture, _) = read_with(&[Fault::new(Action::Status(status))], &hasty()).await;
+        let (result, fixture, _) = read_with(&[Fault::new(Action::Status(status))], &Limits::hasty()).await;
         let error = format!("{:?}", result.unwrap_err());
         assert!(error.starts_with(wanted), "{status}: {error}");
         assert_eq!(fixture.server.counters().gets, 1);
@@ -413,7 +405,7 @@ async fn servers_without_conditions_or_strong_etags_are_checked_by_their_headers
     fixture.server.faults().add(Fault::new(Action::IgnoreConditions));
     let (old, size) = fixture.object("k", vec![1; 1000]).await;
     let (new, _) = fixture.object("k", vec![2; 1000]).await;
-    let store = fixture.open(&hasty());
+    let store = fixture.open(&Limits::hasty());
     let error = read(&*store, b"k", &old, size, 0..10).await.unwrap_err();
     assert!(matches!(error, StoreError::VersionMismatch(_)), "{error}");
     assert_eq!(read(&*store, b"k", &new, size, 0..10).await.unwrap(), [2; 10]);
@@ -450,7 +442,7 @@ async fn random_reads_of_a_large_object_bring_what_was_asked() {
     };
     let size = 10 << 30;
     fixture.server.put_virtual(BUCKET, "large", size, Arc::new(generator));
-    let store = fixture.open(&patient());
+    let store = fixture.open(&Limits::patient());
     let ItemKind::File { size: listed, mtime_ns: _, version } = store.head(b"large").await.unwrap().kind else {
         panic!("a file")
     };
@@ -468,7 +460,8 @@ async fn random_reads_of_a_large_object_bring_what_was_asked() {
 async fn limits_hold_and_let_go() {
     let fixture = InProcess::start("").await;
     let (version, size) = fixture.object("k", pattern(4 * SIZE)).await;
-    let limits = Limits { concurrency: 2, bytes_in_flight: 5 * SIZE, deadline: Duration::from_secs(2), ..hasty() };
+    let limits =
+        Limits { concurrency: 2, bytes_in_flight: 5 * SIZE, deadline: Duration::from_secs(2), ..Limits::hasty() };
     let store = fixture.open(&limits);
     let first = store.get(b"k", &version, size, 0..size).await.unwrap();
     // 4 + 4 MiB do not fit 5; the second waits until its deadline, and listings pass meanwhile.
@@ -495,7 +488,7 @@ async fn many_readers_through_a_bad_network_get_the_right_bytes() {
     ] {
         fixture.server.faults().add(Fault::new(action).on(On::Get).probability(probability));
     }
-    let store = fixture.open(&Limits { deadline: Duration::from_secs(60), ..hasty() });
+    let store = fixture.open(&Limits { deadline: Duration::from_secs(60), ..Limits::hasty() });
     stream::iter(0..200_u64)
         .for_each_concurrent(16, |turn| {
             let (store, version, bytes) = (store.clone(), version.clone(), bytes.clone());
@@ -513,7 +506,7 @@ async fn many_readers_through_a_bad_network_get_the_right_bytes() {
 #[tokio::test]
 async fn a_store_that_is_not_there_is_unavailable() {
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let limits = Limits { deadline: Duration::from_millis(500), ..hasty() };
+    let limits = Limits { deadline: Duration::from_millis(500), ..Limits::hasty() };
     let store = crate::open(&spec(&format!("http://127.0.0.1:{port}"), "key", "hush", ""), &limits).unwrap();
     let start = Instant::now();
     let error = store.head(b"k").await.unwrap_err();
@@ -522,6 +515,6 @@ async fn a_store_that_is_not_there_is_unavailable() {
     let fixture = InProcess::start("").await;
     let mut spec = spec(&fixture.server.endpoint(), fixture.server.access_key(), fixture.server.secret_key(), "");
     spec.uri = "s3://another".to_owned();
-    let error = crate::open(&spec, &hasty()).unwrap().list(b"", None, 1).await.unwrap_err();
+    let error = crate::open(&spec, &Limits::hasty()).unwrap().list(b"", None, 1).await.unwrap_err();
     assert!(matches!(error, StoreError::NotFound(_)), "{error}");
 }

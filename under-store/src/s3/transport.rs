@@ -1,14 +1,13 @@
 //! Signed requests, one attempt each, and the one place where their failures get a meaning.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use forebay_protocol::errors::chain;
-use futures::StreamExt;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use object_store::{
-    ClientOptions, RetryConfig, StaticCredentialProvider,
+    RetryConfig, StaticCredentialProvider,
     aws::{AmazonS3Builder, AmazonS3ConfigKey, AwsAuthorizer, AwsCredential, AwsCredentialProvider},
-    client::{HttpClient, HttpConnector, HttpRequestBody, HttpResponse, ReqwestConnector},
+    client::{HttpRequestBody, HttpResponse},
 };
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Deserialize;
@@ -16,9 +15,9 @@ use serde::Deserialize;
 use super::listing::Query;
 use crate::{
     Limits, S3Addressing, S3Credentials, SourceSpec, StoreError,
-    limits::{Grant, Limiter},
-    patience::{Failure, Patience, Retry},
-    requests::{RequestCounters, Verb},
+    patience::{Failure, Patience},
+    requests::Verb,
+    wire::{self, Wire},
 };
 
 /// What a URL carries as it is: the unreserved characters of RFC 3986, which SigV4 wants unencoded.
@@ -26,10 +25,6 @@ const UNRESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove
 /// In a path also the slash.
 const PATH: &AsciiSet = &UNRESERVED.remove(b'/');
 const DEFAULT_REGION: &str = "us-east-1";
-/// Longer than this no reachable server takes to accept a connection.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Of the body of an error that is read.
-const MAX_ERROR: usize = 64 << 10;
 /// Of what a server writes into messages of ours.
 const MAX_MESSAGE: usize = 300;
 /// <https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html>
@@ -37,15 +32,12 @@ const NO_SUCH_BUCKET: &str = "NoSuchBucket";
 
 /// The way to one bucket.
 pub(crate) struct Transport {
-    client: HttpClient,
     credentials: AwsCredentialProvider,
     region: String,
     bucket: String,
     /// URL of the bucket, without a slash at its end.
     base: String,
-    limiter: Limiter,
-    progress_timeout: Duration,
-    pub(crate) requests: RequestCounters,
+    pub(crate) wire: Wire,
 }
 
 /// A request, before it is signed.
@@ -76,10 +68,9 @@ impl Call {
         }
     }
 
-    /// With a header.
-    pub(crate) fn header(mut self, name: HeaderName, value: HeaderValue) -> Self {
-        self.headers.insert(name, value);
-        self
+    /// With headers.
+    pub(crate) fn headers(self, headers: HeaderMap) -> Self {
+        Self { headers, ..self }
     }
 
     /// A page of a listing.
@@ -127,15 +118,7 @@ impl Transport {
         let SourceSpec { uri, s3, credentials } = spec;
         let options = s3.clone().unwrap_or_default();
         let invalid = |why: String| StoreError::Invalid(format!("source '{uri}': {why}"));
-        let client_options = ClientOptions::new()
-            .with_user_agent(HeaderValue::from_static(concat!("forebay/", env!("CARGO_PKG_VERSION"))))
-            .with_allow_http(true)
-            // Ours rule: one for the answer to begin and for each of its pieces, one for the whole call.
-            .with_timeout_disabled()
-            .with_connect_timeout(CONNECT_TIMEOUT.min(limits.progress_timeout))
-            .with_pool_max_idle_per_host(limits.concurrency);
-        let connected = ReqwestConnector::default().connect(&client_options);
-        let client = connected.map_err(|error| invalid(format!("no HTTP client: {error}")))?;
+        let wire = Wire::new(limits)?;
         let (credentials, region) = match credentials {
             Some(S3Credentials { access_key_id, secret_access_key, session_token }) => {
                 let credential = AwsCredential {
@@ -159,16 +142,7 @@ impl Transport {
         let region = region.unwrap_or_else(|| DEFAULT_REGION.to_owned());
         let base = base_url(options.endpoint.as_deref(), options.addressing, &region, bucket)
             .ok_or_else(|| invalid("the endpoint must be an http:// or https:// URL without a query".to_owned()))?;
-        Ok(Self {
-            client,
-            credentials,
-            region,
-            bucket: bucket.to_owned(),
-            base,
-            limiter: Limiter::new(limits),
-            progress_timeout: limits.progress_timeout,
-            requests: RequestCounters::default(),
-        })
+        Ok(Self { credentials, region, bucket: bucket.to_owned(), base, wire })
     }
 
     /// How messages name an object.
@@ -176,28 +150,17 @@ impl Transport {
         format!("s3://{}/{key}", self.bucket)
     }
 
-    /// How long a store may be silent.
-    pub(crate) fn progress_timeout(&self) -> Duration {
-        self.progress_timeout
-    }
-
-    /// Waits until a request that brings `bytes` may go out.
-    pub(crate) async fn grant(&self, patience: &mut Patience, bytes: u64) -> Result<Grant, Failure> {
-        self.limiter.grant(patience, bytes).await
-    }
-
     /// Sends a request and waits for the headers of its answer; any status but success is a failure.
     pub(crate) async fn call(&self, patience: &mut Patience, call: Call) -> Result<HttpResponse, Failure> {
         let Call { verb, method, target, headers, subject, body } = call;
         let name = self.name(&subject);
         let is_head = method == Method::HEAD;
-        let silent = |what: &str| Failure::passing(format!("{name}: {what} in time"));
-        let credential = match patience.wait(self.progress_timeout, self.credentials.get_credential()).await {
+        let credential = match patience.wait(self.wire.progress_timeout(), self.credentials.get_credential()).await {
             Some(Ok(credential)) => Ok(credential),
             Some(Err(error)) => Err(of_credentials(&name, &error)),
-            None => Err(silent("no credentials")),
+            None => Err(Failure::passing(format!("{name}: no credentials in time"))),
         };
-        let credential = credential.inspect_err(|failure| self.requests.failed(verb, failure))?;
+        let credential = credential.inspect_err(|failure| self.wire.requests.failed(verb, failure))?;
         let request = http::Request::builder().method(method).uri(format!("{}{target}", self.base)).body(body);
         let bad_request = |why: &dyn std::fmt::Display| Failure::fatal(StoreError::Invalid(format!("{name}: {why}")));
         let mut request = request.map_err(|error| bad_request(&error))?;
@@ -209,75 +172,32 @@ impl Transport {
         }
         let signed = AwsAuthorizer::new(&credential, "s3", &self.region).try_authorize(&mut request, None);
         signed.map_err(|error| bad_request(&error))?;
-        self.requests.sent(verb);
-        let answer = patience.wait(self.progress_timeout, self.client.execute(request)).await;
         let mut no_bucket = false;
-        let failure = match answer {
-            Some(Ok(response)) if response.status().is_success() => {
-                self.requests.answered(verb);
+        let failure = match self.wire.send(patience, verb, &name, request).await {
+            Ok(response) if response.status().is_success() => {
+                self.wire.requests.answered(verb);
                 return Ok(response);
             }
-            Some(Ok(response)) => {
-                let (status, retry_after) = (response.status(), retry_after(response.headers()));
-                let region = response.headers().get("x-amz-bucket-region").and_then(|value| value.to_str().ok());
+            Ok(response) => {
+                let (status, headers) = (response.status(), response.headers().clone());
+                let region = headers.get("x-amz-bucket-region").and_then(|value| value.to_str().ok());
                 let region = region.map(|region| format!(" (the bucket is in region {region})")).unwrap_or_default();
                 let document = match is_head {
                     true => ErrorDocument::default(),
-                    false => self.error_document(patience, response).await,
+                    false => ErrorDocument::parse(&self.wire.explanation(patience, response).await),
                 };
                 // A prefix without keys is an empty listing.
                 no_bucket = status == StatusCode::NOT_FOUND && (verb == Verb::List || document.code == NO_SUCH_BUCKET);
-                of_status(&format!("{name}{region}"), status, &document, retry_after)
+                of_status(&format!("{name}{region}"), status, &headers, &document)
             }
-            // Refused, reset, broken, not HTTP, a bad certificate: all of that passes when somebody mends the store.
-            Some(Err(error)) => Failure::passing(format!("{name} at {}: {}", self.base, chain(&error))),
-            None => silent(&format!("no answer of {}", self.base)),
+            Err(failure) => failure,
         };
         if no_bucket {
-            self.requests.broken(verb, &failure);
+            self.wire.requests.broken(verb, &failure);
         } else {
-            self.requests.failed(verb, &failure);
+            self.wire.requests.failed(verb, &failure);
         }
         Err(failure)
-    }
-
-    /// The body of an answer to a listing, at most `most` bytes.
-    pub(crate) async fn text(
-        &self,
-        patience: &mut Patience,
-        response: HttpResponse,
-        most: usize,
-    ) -> Result<Vec<u8>, Failure> {
-        let mut stream = response.into_body().bytes_stream();
-        let mut text = Vec::new();
-        let why = loop {
-            match patience.wait(self.progress_timeout, stream.next()).await {
-                Some(Some(Ok(bytes))) if text.len() + bytes.len() <= most => {
-                    self.requests.received(bytes.len());
-                    text.extend_from_slice(&bytes);
-                }
-                Some(None) => return Ok(text),
-                Some(Some(Ok(_))) => break format!("an answer of over {most} bytes"),
-                Some(Some(Err(error))) => break chain(&error),
-                None => break "the answer stalled".to_owned(),
-            }
-        };
-        let failure = Failure::passing(format!("{}: {why}", self.name("")));
-        self.requests.failed(Verb::List, &failure);
-        Err(failure)
-    }
-
-    async fn error_document(&self, patience: &mut Patience, response: HttpResponse) -> ErrorDocument {
-        // An error whose explanation cannot be read is one without.
-        let mut stream = response.into_body().bytes_stream();
-        let mut text = Vec::new();
-        while let Some(Some(Ok(bytes))) = patience.wait(self.progress_timeout, stream.next()).await {
-            if text.len() + bytes.len() > MAX_ERROR {
-                break;
-            }
-            text.extend_from_slice(&bytes);
-        }
-        quick_xml::de::from_reader(text.as_slice()).unwrap_or_default()
     }
 }
 
@@ -289,29 +209,24 @@ struct ErrorDocument {
     message: String,
 }
 
-/// What a status means for the caller.
-fn of_status(name: &str, status: StatusCode, document: &ErrorDocument, retry_after: Option<Duration>) -> Failure {
+impl ErrorDocument {
+    fn parse(text: &[u8]) -> Self {
+        quick_xml::de::from_reader(text).unwrap_or_default()
+    }
+}
+
+/// What a status means for the caller, with what S3 adds to it.
+fn of_status(name: &str, status: StatusCode, headers: &HeaderMap, document: &ErrorDocument) -> Failure {
     let ErrorDocument { code, message } = document;
     let message: String = message.chars().take(MAX_MESSAGE).collect();
     let text = format!("{name}: {status} {code} {message}").trim_end().to_owned();
-    let fatal = |error: fn(String) -> StoreError| Failure::fatal(error(text.clone()));
-    let passing = || Failure {
-        error: StoreError::Unavailable(text.clone()),
-        retry: retry_after.map_or(Retry::Later, Retry::After),
-    };
     match (status.as_u16(), code.as_str()) {
         // Temporary credentials that ran out: whoever renews them must do so.
-        (400, "ExpiredToken" | "InvalidToken" | "TokenRefreshRequired") => fatal(StoreError::PermissionDenied),
-        (400, "RequestTimeout") => passing(),
-        (401 | 403, _) => fatal(StoreError::PermissionDenied),
-        (404 | 410, _) => fatal(StoreError::NotFound),
-        // We ask for ranges within the size of the version: when there is none such, it is another version.
-        (412 | 416, _) => fatal(StoreError::VersionMismatch),
-        (408 | 409 | 425 | 429, _) => passing(),
-        (501 | 505, _) => fatal(StoreError::Invalid),
-        (500..=599, _) => passing(),
-        // Redirects to another region or endpoint, and requests that the store does not understand.
-        _ => fatal(StoreError::Invalid),
+        (400, "ExpiredToken" | "InvalidToken" | "TokenRefreshRequired") => {
+            Failure::fatal(StoreError::PermissionDenied(text))
+        }
+        (400, "RequestTimeout") => wire::of_status(StatusCode::REQUEST_TIMEOUT, headers, text),
+        _ => wire::of_status(status, headers, text),
     }
 }
 
@@ -325,18 +240,6 @@ fn of_credentials(name: &str, error: &object_store::Error) -> Failure {
         // A metadata service or token service that does not answer.
         _ => Failure::passing(text),
     }
-}
-
-/// RFC 9110, section 10.2.3: seconds or a date.
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let text = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim();
-    if let Ok(seconds) = text.parse() {
-        return Some(Duration::from_secs(seconds));
-    }
-    let time = chrono::DateTime::parse_from_rfc2822(text).ok()?;
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).ok()?;
-    let seconds = u64::try_from(time.timestamp()).ok()?.saturating_sub(now.as_secs());
-    Some(Duration::from_secs(seconds))
 }
 
 /// URL of the bucket.
@@ -369,12 +272,13 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+    use crate::patience::Retry;
 
     #[test]
     fn statuses_mean_what_the_caller_can_do() {
         let kind = |status: u16, code: &str| {
             let document = ErrorDocument { code: code.to_owned(), message: String::new() };
-            let failure = of_status("s3://b/k", StatusCode::from_u16(status).unwrap(), &document, None);
+            let failure = of_status("s3://b/k", StatusCode::from_u16(status).unwrap(), &HeaderMap::new(), &document);
             let name = format!("{:?}", failure.error);
             (name.split('(').next().unwrap().to_owned(), failure.retry)
         };
@@ -404,15 +308,5 @@ mod tests {
         assert_eq!(base_url(None, None, "r", "a.b").unwrap(), "https://s3.r.amazonaws.com/a.b");
         assert_eq!(url(Some("h:1"), None), None);
         assert_eq!(url(Some("ftp://h"), None), None);
-    }
-
-    #[test]
-    fn retry_after_is_seconds_or_a_date() {
-        let parse = |text: &str| {
-            retry_after(&[(header::RETRY_AFTER, HeaderValue::from_str(text).unwrap())].into_iter().collect())
-        };
-        assert_eq!(parse("3"), Some(Duration::from_secs(3)));
-        assert_eq!(parse("Wed, 21 Oct 2015 07:28:00 GMT"), Some(Duration::ZERO));
-        assert_eq!(parse("soon"), None);
     }
 }

@@ -195,7 +195,7 @@ mod tests {
     }
 
     fn scan(state: ScanState, directories: u64) -> ScanSeen {
-        ScanSeen { generation: 1, state, files: 3, bytes: 9, directories, error: "broken".into() }
+        ScanSeen { state, files: 3, bytes: 9, directories, error: "broken".into(), ..ScanSeen::default() }
     }
 
     /// Two workers that answer and serve a Dataset that is counted.

@@ -5,21 +5,19 @@ use std::collections::BTreeMap;
 use forebay_api::{Medium, WORKER_HTTP_PORT, WORKER_PORT};
 use k8s_openapi::{
     api::core::v1::{
-        Capabilities, Container, ContainerPort, EnvVar, EnvVarSource, HTTPGetAction, ObjectFieldSelector, Probe,
-        ResourceRequirements, SecurityContext,
+        Capabilities, Container, ContainerPort, EnvVar, HTTPGetAction, Probe, ResourceRequirements, SecurityContext,
     },
     apimachinery::pkg::{api::resource::Quantity, util::intstr::IntOrString},
 };
 
-use super::volume::{self, CACHE, KEY, STATE};
+use super::volume::{self, CACHE, STATE};
 use crate::{
     args::WorkerArgs,
     numbers::quantity,
+    pods::{KEY, USER, of_pod, restricted},
     runtime::validate::{ValidRuntime, ValidVolume},
 };
 
-/// User and group of workers.
-pub const USER: i64 = 10001;
 /// How long a worker that is to go serves on, and the longest that its end takes then.
 const DRAIN_SECONDS: (i64, i64) = (10, 30);
 /// How long opening a cache may take: after an unclean end, the index of a full disk is read and compared with it.
@@ -126,17 +124,6 @@ fn resources(runtime: &ValidRuntime) -> ResourceRequirements {
     }
 }
 
-fn of_pod(name: &str, field: &str) -> EnvVar {
-    EnvVar {
-        name: name.into(),
-        value: None,
-        value_from: Some(EnvVarSource {
-            field_ref: Some(ObjectFieldSelector { field_path: field.into(), api_version: None }),
-            ..EnvVarSource::default()
-        }),
-    }
-}
-
 fn probe(path: &str, period: i32, failures: i32) -> Probe {
     Probe {
         http_get: Some(HTTPGetAction {
@@ -148,16 +135,6 @@ fn probe(path: &str, period: i32, failures: i32) -> Probe {
         timeout_seconds: Some(3),
         failure_threshold: Some(failures),
         ..Probe::default()
-    }
-}
-
-/// What the Pod Security Standard `restricted` wants of a container.
-fn restricted() -> SecurityContext {
-    SecurityContext {
-        allow_privilege_escalation: Some(false),
-        read_only_root_filesystem: Some(true),
-        capabilities: Some(Capabilities { drop: Some(vec!["ALL".into()]), add: None }),
-        ..SecurityContext::default()
     }
 }
 

@@ -4,19 +4,13 @@ use forebay_api::object_name;
 use k8s_openapi::{
     api::{
         apps::v1::{StatefulSet, StatefulSetSpec, StatefulSetUpdateStrategy},
-        core::v1::{
-            LocalObjectReference, PodSecurityContext, PodSpec, PodTemplateSpec, SeccompProfile, Toleration,
-            TopologySpreadConstraint,
-        },
+        core::v1::{PodSpec, PodTemplateSpec, Toleration, TopologySpreadConstraint},
     },
     apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta},
 };
 
-use super::{
-    container::{self, USER},
-    service_account, volume,
-};
-use crate::{args::WorkerArgs, labels, runtime::validate::ValidRuntime};
+use super::{container, service_account, volume};
+use crate::{args::WorkerArgs, labels, pods, runtime::validate::ValidRuntime};
 
 pub fn build(runtime: &ValidRuntime, workers: &WorkerArgs) -> StatefulSet {
     let owner = &runtime.owner;
@@ -56,8 +50,6 @@ fn pod(runtime: &ValidRuntime, workers: &WorkerArgs) -> PodSpec {
     let pieces = &runtime.pieces;
     let node_selector = pieces.node_selector.iter().map(|(key, value)| (key.clone(), value.0.clone())).collect();
     let class = pieces.priority_class_name.clone().unwrap_or_else(|| workers.priority_class.clone());
-    let secrets: Vec<LocalObjectReference> =
-        workers.image_pull_secrets.iter().map(|name| LocalObjectReference { name: name.clone() }).collect();
     let tolerations: Vec<Toleration> = pieces.tolerations.iter().map(toleration).collect();
     PodSpec {
         service_account_name: Some(service_account::name(runtime)),
@@ -68,16 +60,8 @@ fn pod(runtime: &ValidRuntime, workers: &WorkerArgs) -> PodSpec {
         tolerations: Some(tolerations).filter(|tolerations| !tolerations.is_empty()),
         affinity: pieces.affinity.clone(),
         priority_class_name: Some(class).filter(|class| !class.is_empty()),
-        image_pull_secrets: Some(secrets).filter(|secrets| !secrets.is_empty()),
-        security_context: Some(PodSecurityContext {
-            run_as_non_root: Some(true),
-            run_as_user: Some(USER),
-            run_as_group: Some(USER),
-            fs_group: Some(USER),
-            fs_group_change_policy: Some("OnRootMismatch".into()),
-            seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".into(), localhost_profile: None }),
-            ..PodSecurityContext::default()
-        }),
+        image_pull_secrets: pods::pull_secrets(workers),
+        security_context: Some(pods::restricted_pod()),
         topology_spread_constraints: Some(vec![TopologySpreadConstraint {
             max_skew: 1,
             topology_key: "kubernetes.io/hostname".into(),

@@ -1,13 +1,13 @@
 //! What workers have mounted: their cache, what they keep for their next start, the runtime's key.
 
-use forebay_api::object_name;
 use k8s_openapi::{
-    api::core::v1::{EmptyDirVolumeSource, HostPathVolumeSource, SecretVolumeSource, Volume, VolumeMount},
+    api::core::v1::{EmptyDirVolumeSource, HostPathVolumeSource, Volume, VolumeMount},
     apimachinery::pkg::api::resource::Quantity,
 };
 
 use crate::{
     numbers::quantity,
+    pods,
     runtime::validate::{ValidRuntime, ValidVolume},
 };
 
@@ -15,8 +15,6 @@ use crate::{
 pub const CACHE: &str = "/var/lib/forebay/cache";
 /// Where it keeps what the API server said, for its next start.
 pub const STATE: &str = "/run/forebay";
-/// Where the runtime's key is.
-pub const KEY: &str = "/etc/forebay/key";
 /// Room for what the API server said: 16 MiB a file, written beside the old one.
 const STATE_SIZE: u64 = 64 << 20;
 
@@ -50,15 +48,7 @@ pub fn all(runtime: &ValidRuntime) -> Vec<Volume> {
             }),
             ..Volume::default()
         },
-        Volume {
-            name: "key".into(),
-            secret: Some(SecretVolumeSource {
-                secret_name: Some(object_name(&owner.name)),
-                default_mode: Some(0o440),
-                ..SecretVolumeSource::default()
-            }),
-            ..Volume::default()
-        },
+        pods::key_volume(&owner.name),
     ]
 }
 
@@ -71,7 +61,7 @@ fn size_limit(capacity: u64) -> u64 {
 pub fn mounts(runtime: &ValidRuntime) -> Vec<VolumeMount> {
     let mount =
         |name: &str, path: &str| VolumeMount { name: name.into(), mount_path: path.into(), ..VolumeMount::default() };
-    vec![cache_mount(runtime), mount("state", STATE), VolumeMount { read_only: Some(true), ..mount("key", KEY) }]
+    vec![cache_mount(runtime), mount("state", STATE), pods::key_mount()]
 }
 
 /// A node's directory is shared by the runtime's workers on that node: each has one of its own below it.

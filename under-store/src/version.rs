@@ -1,4 +1,4 @@
-//! What S3 says about an object, and the version key made of it.
+//! What a server says about an object, and the version key made of it.
 //!
 //! The key is the ETag as sent, with its quotes (some stores leave them out in listings: they are added, so that
 //! listing, HEAD and GET agree). A weak ETag (`W/"..."`) promises nothing about bytes and never satisfies If-Match;
@@ -12,9 +12,10 @@ use http::{HeaderMap, HeaderName, HeaderValue, header};
 /// An object as a listing or the headers of an answer show it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct State {
-    etag: Option<String>,
+    /// A strong one.
+    pub(crate) etag: Option<String>,
     /// Seconds since the epoch.
-    modified: Option<i64>,
+    pub(crate) modified: Option<i64>,
     pub(crate) size: u64,
 }
 
@@ -22,13 +23,14 @@ impl State {
     /// From the headers of a HEAD or GET; `size` is the whole object's.
     pub(crate) fn of_headers(headers: &HeaderMap, size: u64) -> Self {
         let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
-        let modified = text(header::LAST_MODIFIED).and_then(|text| DateTime::parse_from_rfc2822(text).ok());
-        Self { etag: text(header::ETAG).and_then(strong_etag), modified: modified.map(|time| time.timestamp()), size }
+        Self::new(text(header::ETAG), text(header::LAST_MODIFIED), size)
     }
 
-    /// From an entry of a listing.
-    pub(crate) fn of_listing(etag: Option<&str>, modified: Option<&str>, size: u64) -> Self {
-        let modified = modified.and_then(|text| DateTime::parse_from_rfc3339(text.trim()).ok());
+    /// From the texts of headers or of an entry of a listing: S3 lists times by RFC 3339, WebDAV by RFC 9110 as
+    /// headers have them.
+    pub(crate) fn new(etag: Option<&str>, modified: Option<&str>, size: u64) -> Self {
+        let time = |text| DateTime::parse_from_rfc2822(text).or_else(|_| DateTime::parse_from_rfc3339(text)).ok();
+        let modified = modified.and_then(|text| time(text.trim()));
         Self { etag: etag.and_then(strong_etag), modified: modified.map(|time| time.timestamp()), size }
     }
 
@@ -107,7 +109,7 @@ mod tests {
     #[test]
     fn listing_and_headers_agree() {
         for (listed, sent) in [("\"ab-2\"", "\"ab-2\""), ("ab", "\"ab\""), ("W/\"ab\"", "W/\"ab\""), ("", "W/\"x\"")] {
-            let listed = State::of_listing(Some(listed), Some(LISTED_TIME), 7);
+            let listed = State::new(Some(listed), Some(LISTED_TIME), 7);
             let sent = headers(&[(header::ETAG, sent), (header::LAST_MODIFIED, HEADER_TIME)]);
             let sent = State::of_headers(&sent, 7);
             assert_eq!(listed, sent);
@@ -121,12 +123,12 @@ mod tests {
     fn conditions_are_those_of_http() {
         let etag = VersionKey::new("\"ab\"").unwrap();
         assert_eq!(condition(&etag), Some((header::IF_MATCH, HeaderValue::from_static("\"ab\""))));
-        let weak = State::of_listing(Some("W/\"ab\""), Some(LISTED_TIME), 7).version().unwrap();
+        let weak = State::new(Some("W/\"ab\""), Some(LISTED_TIME), 7).version().unwrap();
         assert_eq!(weak.as_bytes(), b"lm:1445412480:7");
         assert_eq!(condition(&weak), Some((header::IF_UNMODIFIED_SINCE, HeaderValue::from_static(HEADER_TIME))));
         assert_eq!(condition(&VersionKey::new("what").unwrap()), None);
-        assert_eq!(State::of_listing(None, Some("yesterday"), 1).version(), None);
-        assert_eq!(State::of_listing(Some("a\"b"), None, 1).version(), None);
+        assert_eq!(State::new(None, Some("yesterday"), 1).version(), None);
+        assert_eq!(State::new(Some("a\"b"), None, 1).version(), None);
     }
 
     #[test]

@@ -1,0 +1,222 @@
+//! The Job of a run. Pure.
+
+use forebay_api::{PreloadPolicy, PreloadPolicySpec, RunTrigger, Select, rules, service_address};
+use forebay_preload::due::Past;
+use k8s_openapi::{
+    api::{
+        batch::v1::{Job, JobSpec},
+        core::v1::{Container, EnvVar, PodSpec, PodTemplateSpec, ResourceRequirements},
+    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
+use sha2::{Digest as _, Sha256};
+
+use crate::{
+    args::WorkerArgs,
+    labels::{self, Owner},
+    pods,
+};
+
+/// Longest beginning of a policy's name in that of a Job, of which pods make names and labels of 63 characters.
+const MAX_PREFIX: usize = 43;
+/// Annotation with what started the run.
+const TRIGGER: &str = "forebay.io/trigger";
+/// How long the pod may take to end. It keeps nothing.
+const GRACE_SECONDS: i64 = 5;
+
+/// A run that is to start.
+pub struct Start<'a> {
+    pub owner: &'a Owner,
+    pub spec: &'a PreloadPolicySpec,
+    /// UID of the Dataset.
+    pub dataset: &'a str,
+    /// Name of its CacheRuntime.
+    pub runtime: &'a str,
+    pub trigger: RunTrigger,
+    /// What has happened once it has started.
+    pub past: &'a Past,
+    /// UID of the Job of the run before it.
+    pub before: Option<&'a str>,
+}
+
+impl Start<'_> {
+    /// The same for the same run, however often it is tried: of two operators one makes the Job.
+    fn name(&self) -> String {
+        let Past { since: _, schedule, dataset, request, revision } = self.past;
+        let (uid, before) = (&self.owner.uid, self.before);
+        let cause = format!("{uid}\0{before:?}\0{schedule:?}\0{dataset:?}\0{request:?}\0{revision:?}");
+        let hash: String = Sha256::digest(cause).iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+        let name = &self.owner.name;
+        format!("{}-{hash}", name.get(..MAX_PREFIX).unwrap_or(name).trim_end_matches('-'))
+    }
+}
+
+/// The Job of a run.
+pub fn build(start: &Start<'_>, workers: &WorkerArgs) -> Job {
+    let Start { owner, spec, .. } = start;
+    let seconds = |duration: &str| rules::seconds(duration).unwrap_or_default();
+    let labels = labels::of_policy(&owner.name);
+    Job {
+        metadata: ObjectMeta {
+            name: Some(start.name()),
+            namespace: Some(owner.namespace.clone()),
+            labels: Some(labels.clone()),
+            annotations: Some([(TRIGGER.to_owned(), format!("{:?}", start.trigger))].into()),
+            owner_references: Some(vec![owner.reference::<PreloadPolicy>()]),
+            ..ObjectMeta::default()
+        },
+        spec: Some(JobSpec {
+            backoff_limit: i32::try_from(spec.backoff_limit).ok(),
+            // None at all is no deadline: the API server takes 1 or more.
+            active_deadline_seconds: spec.deadline.as_deref().and_then(|d| i64::try_from(seconds(d).max(1)).ok()),
+            ttl_seconds_after_finished: i32::try_from(seconds(&spec.ttl_after_finished)).ok(),
+            template: PodTemplateSpec {
+                metadata: Some(ObjectMeta { labels: Some(labels), ..ObjectMeta::default() }),
+                spec: Some(PodSpec {
+                    restart_policy: Some("Never".into()),
+                    automount_service_account_token: Some(false),
+                    enable_service_links: Some(false),
+                    termination_grace_period_seconds: Some(GRACE_SECONDS),
+                    image_pull_secrets: pods::pull_secrets(workers),
+                    security_context: Some(pods::restricted_pod()),
+                    containers: vec![container(start, workers)],
+                    volumes: Some(vec![pods::key_volume(start.runtime)]),
+                    ..PodSpec::default()
+                }),
+            },
+            ..JobSpec::default()
+        }),
+        status: None,
+    }
+}
+
+fn container(start: &Start<'_>, workers: &WorkerArgs) -> Container {
+    let Select { path, include, exclude, min_size, max_size } = &start.spec.select;
+    // Kubernetes replaces $(VARIABLE) in arguments.
+    let plain = |text: &str| text.replace('$', "$$");
+    let mut args = vec![
+        "preload".to_owned(),
+        format!("--service={}", service_address(&start.owner.namespace, start.runtime)),
+        format!("--key-file={}/key", pods::KEY),
+        format!("--dataset={}", start.dataset),
+        "--run=$(JOB_UID)".to_owned(),
+        format!("--path={}", plain(path)),
+    ];
+    args.extend(include.iter().map(|glob| format!("--include={}", plain(glob))));
+    args.extend(exclude.iter().map(|glob| format!("--exclude={}", plain(glob))));
+    args.extend(min_size.iter().map(|size| format!("--min-size={}", size.as_str())));
+    args.extend(max_size.iter().map(|size| format!("--max-size={}", size.as_str())));
+    Container {
+        name: "preload".into(),
+        image: Some(workers.image.clone()),
+        image_pull_policy: Some(workers.image_pull_policy.clone()),
+        args: Some(args),
+        env: Some(vec![
+            pods::of_pod("JOB_UID", "metadata.labels['batch.kubernetes.io/controller-uid']"),
+            EnvVar { name: "FOREBAY_LOG".into(), value: Some(workers.log.clone()), value_from: None },
+        ]),
+        resources: Some(ResourceRequirements {
+            requests: pods::amounts([("cpu", "20m"), ("memory", "32Mi")]),
+            limits: pods::amounts([("memory", "128Mi")]),
+            claims: None,
+        }),
+        security_context: Some(pods::restricted()),
+        volume_mounts: Some(vec![pods::key_mount()]),
+        ..Container::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use forebay_api::edits::EDITS;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn built(name: &str, spec: Value, request: &str) -> Value {
+        let spec: PreloadPolicySpec = serde_json::from_value(spec).unwrap();
+        let owner = Owner { namespace: "vision".into(), name: name.into(), uid: "u-1".into() };
+        let past = Past { request: Some(request.to_owned()), ..Past::default() };
+        let trigger = RunTrigger::Request;
+        let start = Start {
+            owner: &owner,
+            spec: &spec,
+            dataset: "d-1",
+            runtime: "gpu-pool",
+            trigger,
+            past: &past,
+            before: None,
+        };
+        let workers = WorkerArgs { image: "forebay:1".into(), ..WorkerArgs::default() };
+        serde_json::to_value(build(&start, &workers)).unwrap()
+    }
+
+    #[test]
+    fn the_pod_is_told_what_to_load_and_nothing_more() {
+        let job = built(
+            "before-work",
+            json!({
+                "datasetRef": {"name": "imagenet"},
+                "select": {"path": "/train", "include": ["**/$(HOME) x:y.jpg"], "maxSize": "1Gi"},
+                "deadline": "2h",
+                "backoffLimit": 5,
+                "ttlAfterFinished": "30m",
+            }),
+            "1",
+        );
+        let spec = &job["spec"];
+        assert_eq!((&spec["activeDeadlineSeconds"], &spec["ttlSecondsAfterFinished"]), (&json!(7200), &json!(1800)));
+        assert_eq!(spec["backoffLimit"], 5);
+        let pod = &spec["template"]["spec"];
+        assert_eq!(pod["automountServiceAccountToken"], false);
+        let args = &pod["containers"][0]["args"];
+        for expected in [
+            "--service=gpu-pool-forebay.vision.svc:7400",
+            "--dataset=d-1",
+            "--run=$(JOB_UID)",
+            "--path=/train",
+            "--include=**/$$(HOME) x:y.jpg",
+            "--max-size=1Gi",
+        ] {
+            assert!(args.as_array().unwrap().contains(&json!(expected)), "{expected} in {args}");
+        }
+    }
+
+    /// The edits of the table that take effect with the next run.
+    #[test]
+    fn each_edit_of_what_a_run_does_changes_its_job() {
+        let spec = || json!({"datasetRef": {"name": "d"}, "deadline": "1h"});
+        let before = built("a", spec(), "1");
+        let rows = EDITS.iter().filter(|edit| edit.kind == "PreloadPolicy");
+        let rows = rows.filter(|edit| edit.effect.is_some_and(|effect| effect.starts_with("The next run")));
+        let mut count = 0;
+        for row in rows {
+            let mut edited = spec();
+            match row.field {
+                "spec.select.path" => edited["select"] = json!({"path": "/b"}),
+                "spec.select.include" => edited["select"] = json!({"include": ["b"]}),
+                "spec.select.exclude" => edited["select"] = json!({"exclude": ["b"]}),
+                "spec.select.minSize" => edited["select"] = json!({"minSize": "1Ki"}),
+                "spec.select.maxSize" => edited["select"] = json!({"maxSize": "1Ki"}),
+                "spec.deadline" => edited["deadline"] = json!("2h"),
+                "spec.backoffLimit" => edited["backoffLimit"] = json!(7),
+                "spec.ttlAfterFinished" => edited["ttlAfterFinished"] = json!("2h"),
+                other => panic!("no edit for {other}"),
+            }
+            assert_ne!(built("a", edited, "1"), before, "{}", row.field);
+            count += 1;
+        }
+        assert_eq!(count, 8);
+    }
+
+    #[test]
+    fn a_run_has_one_name_of_its_own() {
+        let name = |name: &str, request: &str| {
+            built(name, json!({"datasetRef": {"name": "d"}}), request)["metadata"]["name"].as_str().unwrap().to_owned()
+        };
+        assert_eq!(name("a", "1"), name("a", "1"));
+        assert_ne!(name("a", "1"), name("a", "2"));
+        let long = name(&"a".repeat(63), "1");
+        assert!(long.len() <= 52 && rules::is_label(&long), "{long}");
+    }
+}
