@@ -45,7 +45,10 @@ use self::{
     disk::{Disk, Found},
     packs::{Packs, Record, Refused},
 };
-use crate::tree::{Reader, TreeError};
+use crate::{
+    throttle::Throttle,
+    tree::{Reader, TreeError},
+};
 
 /// Smaller files are in packs: an open that is passed through costs more than their reads.
 pub const SMALLEST: u64 = 1 << 20;
@@ -134,6 +137,7 @@ struct Inner {
     bypassed: AtomicU64,
     failed: AtomicU64,
     corrupt: AtomicU64,
+    complaints: Throttle,
 }
 
 #[derive(Debug, Default)]
@@ -199,6 +203,7 @@ impl NodeCache {
             bypassed: AtomicU64::new(0),
             failed: AtomicU64::new(0),
             corrupt: AtomicU64::new(0),
+            complaints: Throttle::default(),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -376,18 +381,21 @@ impl NodeCache {
         let inner = &self.inner;
         self.look()?;
         loop {
-            let (missing, mounted) = {
+            let (of_quota, of_disk, mounted) = {
                 let mut state = inner.state.lock();
                 let used = state.used.get_or_insert(0);
-                let missing = (*used + size).saturating_sub(inner.capacity).max(inner.disk.missing(size)?);
-                if missing == 0 {
+                let (of_quota, of_disk) = ((*used + size).saturating_sub(inner.capacity), inner.disk.missing(size)?);
+                if of_quota == 0 && of_disk == 0 {
                     *used += size;
                     return Ok(true);
                 }
-                (missing, state.mounted.keys().copied().collect::<HashSet<_>>())
+                (of_quota, of_disk, state.mounted.keys().copied().collect::<HashSet<_>>())
             };
-            let evicted = inner.disk.evict(missing, &mounted)?;
+            let evicted = inner.disk.evict(of_quota.max(of_disk), &mounted)?;
             if evicted.is_empty() {
+                if let Some(suppressed) = inner.complaints.allow() {
+                    tracing::info!(size, of_quota, of_disk, suppressed, "no room in the node cache: bytes are missing");
+                }
                 return Ok(false);
             }
             for Found { dataset, file, size, .. } in evicted {

@@ -37,7 +37,15 @@ pub fn files_are_read_without_the_daemon(env: &Env, ns: &str) -> TestResult {
 
 fn passed_through(env: &Env, cluster: &Cluster, ns: &str) -> anyhow::Result<()> {
     let find = ["find", "/var/lib/forebay/node-cache", "-size", "4096k", "-not", "-path", "*/filling/*"];
-    until("the files are in the node cache", 90, || Ok(cluster.on(1, &find)?.lines().count() == FILES))?;
+    let kept = until("the files are in the node cache", 90, || Ok(cluster.on(1, &find)?.lines().count() == FILES));
+    if kept.is_err() {
+        say!("{}", cluster.on(1, &["df", "/var/lib/forebay"])?);
+        metrics(env)?
+            .lines()
+            .filter(|line| line.starts_with("forebay_fuse_node_cache"))
+            .for_each(|line| say!("{line}"));
+    }
+    kept?;
     // What was open before.
     env.reads_on(ns, "reader", FILES as u64)?;
     let before = requests(env, ns)?;
@@ -54,14 +62,17 @@ fn passed_through(env: &Env, cluster: &Cluster, ns: &str) -> anyhow::Result<()> 
 
 /// Reads that reached the daemons of the first node, for the Dataset.
 fn requests(env: &Env, ns: &str) -> anyhow::Result<f64> {
+    let of = |line: &str| line.contains(&format!("dataset=\"{ns}/data\"")) && line.contains("operation=\"read\"");
+    Ok(sum(&metrics(env)?, |line| line.starts_with("forebay_fuse_requests_total{") && of(line)))
+}
+
+/// What both daemons of the first node say.
+fn metrics(env: &Env) -> anyhow::Result<String> {
     let pods = env.kubectl.list(&env.system, "pods", "app.kubernetes.io/component=fuse")?;
-    let mut all = 0.0;
+    let mut all = String::new();
     for pod in pods.iter().filter(|pod| pod["spec"]["nodeName"] == "node1") {
         for port in PORTS {
-            let metrics = scrape(env, &text(&pod["metadata"]["name"]), port)?;
-            let of =
-                |line: &str| line.contains(&format!("dataset=\"{ns}/data\"")) && line.contains("operation=\"read\"");
-            all += sum(&metrics, |line| line.starts_with("forebay_fuse_requests_total{") && of(line));
+            all += &scrape(env, &text(&pod["metadata"]["name"]), port)?;
         }
     }
     Ok(all)
