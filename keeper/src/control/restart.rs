@@ -70,6 +70,11 @@ impl Control {
             }
             return;
         };
+        if !found.is_of(&means) {
+            // The record of that one was lost, and its name was taken. Whoever settles is told to hold the new one.
+            tracing::warn!(volume, pid, "a daemon holds an earlier mount of a volume: it lets go of it");
+            return connection.push(&ToDaemon::Detach { volume }, None);
+        }
         connection.holds.insert(volume.clone());
         let taken = found.take_back(means);
         if generation > 0 {

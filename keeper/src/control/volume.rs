@@ -271,6 +271,11 @@ impl Volume {
         }
     }
 
+    /// Whether what a daemon gives back is of this mount, and not of an earlier one by the same name: each has its own tables.
+    pub(super) fn is_of(&self, given: &Means) -> bool {
+        self.means.as_ref().is_none_or(|means| means.nodes.same(&given.nodes).unwrap_or(false))
+    }
+
     /// Whether it needs somebody who holds it.
     pub(super) fn is_live(&self) -> bool {
         match self.state {

@@ -80,6 +80,12 @@ impl Map {
         self.len
     }
 
+    /// Whether it is a mapping of the same file.
+    pub(super) fn same(&self, other: &Self) -> io::Result<bool> {
+        let (mine, theirs) = (rustix::fs::fstat(&self.fd)?, rustix::fs::fstat(&other.fd)?);
+        Ok((mine.st_dev, mine.st_ino) == (theirs.st_dev, theirs.st_ino))
+    }
+
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }

@@ -225,6 +225,11 @@ impl NodeTable {
         Ok(table)
     }
 
+    /// Whether it is the same table, perhaps mapped elsewhere.
+    pub(crate) fn same(&self, other: &Self) -> io::Result<bool> {
+        self.map.same(&other.map)
+    }
+
     /// For handing it over.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.map.fd()

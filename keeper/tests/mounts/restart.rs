@@ -471,3 +471,29 @@ fn a_volume_that_is_not_on_record_is_left_alone() {
     assert_eq!(std::os::unix::fs::FileExt::read_at(&open, &mut [0], 12_000_000).unwrap(), 1);
     assert!(mount::take_down(Path::new("/proc"), Duration::ZERO).is_err());
 }
+
+/// The record is lost, and the volume mounted anew before the daemons of the earlier mount are back.
+#[test]
+fn an_earlier_mount_of_a_volume_is_not_taken_for_it() {
+    let Some(_alone) = alone() else { return };
+    let (mut rig, options) = in_process();
+    rig.ready();
+    // Who uses it keeps the earlier one alive.
+    let _open = std::fs::File::open(rig.target.join("data")).unwrap();
+    let pids: Vec<i32> = rig.status().daemons.iter().map(|daemon| daemon.pid).collect();
+    pids.iter().for_each(|pid| signal_pid(*pid, Signal::STOP));
+    rig.keeper.take().unwrap().leave(Duration::from_secs(5)).unwrap();
+    std::fs::remove_file(options.state_file.as_ref().unwrap()).unwrap();
+    let target = rig.target.canonicalize_parent();
+    assert_eq!(mount::take_down(&target, Duration::from_millis(200)).unwrap(), TakenDown::Detached);
+    let (keeper, _, _) = Keeper::start(options).unwrap();
+    keeper.mount(MountSpec::new(VOLUME, &rig.target, serde_json::to_vec(&SLOW_READS).unwrap())).unwrap();
+    rig.keeper = Some(keeper);
+    pids.iter().for_each(|pid| signal_pid(*pid, Signal::CONT));
+    rig.ready();
+    assert_eq!(probe(rig.target.join("data"), Duration::from_secs(10)).unwrap().unwrap(), 1);
+    // Both hold the new one.
+    rig.wait("the standby", |status| status.volumes[0].holders == 2);
+    rig.signal_active(Signal::KILL);
+    assert_eq!(probe(rig.target.join("data"), Duration::from_secs(10)).unwrap().unwrap(), 1);
+}
