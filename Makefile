@@ -13,7 +13,7 @@ SERVERS = if command -v go >/dev/null; then \
 # Arguments of the benchmark, as in: make bench BENCH="--rows walk random --scale 0.1"
 BENCH ?=
 
-.PHONY: help demo bench build test lint generate fuzz e2e cluster cluster-down nightly deps clean
+.PHONY: help demo bench bench-policies build test lint generate fuzz e2e cluster cluster-down nightly deps clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -26,6 +26,10 @@ bench: deps ## As root: compare reads through a mount with local files and with 
 	cargo build --release --package forebay --package forebay-bench
 	rclone="$$(scripts/rclone.sh)" || rclone=; \
 	./target/release/forebay-bench --forebay ./target/release/forebay $${rclone:+--rclone "$$rclone"} $(BENCH)
+
+bench-policies: deps ## As root: hit ratios of the eviction policies against the best possible; target/bench-policies.json
+	cargo build --release --package forebay --package forebay-bench
+	./target/release/forebay-bench --forebay ./target/release/forebay --policies $(BENCH)
 
 build: ## The command `forebay`, optimised, at target/release/forebay
 	cargo build --release --package forebay

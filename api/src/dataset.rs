@@ -190,9 +190,10 @@ pub enum SyncMode {
 #[serde(rename_all = "camelCase")]
 pub struct Cache {
     /// What happens when the quota or the disk is full. `Hold`: what is there stays, what comes is streamed and not
-    /// stored, so that a dataset larger than the cache does not push itself out. `LRU`: what comes takes the place of
-    /// what was used longest ago, of this dataset or, when the disk is full, of all that are `LRU`. What comes of a
-    /// `Hold` dataset takes the place of `LRU` data, too, when the disk is full; `Hold` data makes room for nobody.
+    /// stored, so that a dataset larger than the cache does not push itself out. With the others what comes takes the
+    /// place of what was used longest ago (`LRU`) or least often (`LFU`), of the oldest that was not used since it was
+    /// last looked at (`SIEVE`), or of what came first (`FIFO`). When the disk is full, all datasets but those that
+    /// `Hold` make room, to new data of any dataset, each as much as it has among what was used longest ago.
     #[serde(default)]
     pub policy: Policy,
     /// Most bytes of this dataset on all workers together. Absent: as much as their disks hold.
@@ -233,6 +234,15 @@ pub enum Policy {
     /// What comes takes the place of what was used longest ago.
     #[serde(rename = "LRU")]
     Lru,
+    /// What comes takes the place of what was used least often.
+    #[serde(rename = "LFU")]
+    Lfu,
+    /// What comes takes the place of the oldest that was not used since the last look at it.
+    #[serde(rename = "SIEVE")]
+    Sieve,
+    /// What comes takes the place of what came first.
+    #[serde(rename = "FIFO")]
+    Fifo,
 }
 
 /// What was last seen of a dataset.

@@ -293,7 +293,7 @@ const BAD: &[Case] = &[
     Case("list where a map is", "  runtimeRef:\n    name: gpu-pool", "  runtimeRef: [gpu-pool] # <-", 3, "spec.runtimeRef", "must be a map, not a list", "indented"),
     Case("map where a list is", "  tiers:\n  - name: nvme\n    medium", "  tiers: # <-\n    medium", 1, "spec.tiers", "must be a list, not a map", "'- '"),
     Case("text where a number is", "replicas: 3", "replicas: three # <-", 1, "spec.replicas", "must be a whole number, not text", "digits"),
-    Case("wrong enum", "policy: Hold", "policy: LFU # <-", 3, "spec.cache.policy", "'LFU' is no known value", "one of Hold, LRU"),
+    Case("wrong enum", "policy: Hold", "policy: ARC # <-", 3, "spec.cache.policy", "'ARC' is no known value", "one of Hold, LRU, LFU, SIEVE, FIFO"),
     Case("wrong enum of a tier", "medium: SSD", "medium: ssd # <-", 1, "spec.tiers[0].medium", "'ssd'", "one of SSD, HDD"),
     Case("wrong addressing", "addressing: Path", "addressing: path # <-", 3, "spec.sources[0].s3.addressing", "'path'", "Path, VirtualHost"),
     // Amounts.
@@ -402,7 +402,7 @@ fn all_errors_of_all_documents_are_found_at_once() {
         .replace("name: gpu-pool\n  sources", "name: nobody\n  sources")
         .replace("accessKeyId: AKIA\n", "")
         .replace("path: /labels", "path: /labels/")
-        .replace("policy: Hold", "policy: LFU\n    ttl: 1h");
+        .replace("policy: Hold", "policy: ARC\n    ttl: 1h");
     let errors = manifest::parse("bad.yaml", &bad).unwrap_err();
     let places: Vec<(usize, &str)> = errors.iter().map(|e| (e.line.unwrap(), e.field.as_str())).collect();
     assert_eq!(

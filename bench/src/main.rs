@@ -10,6 +10,7 @@
 mod data;
 mod job;
 mod measure;
+mod policies;
 mod report;
 mod rounds;
 mod rows;
@@ -40,15 +41,18 @@ struct Args {
     /// The program `rclone`, the client that cold reads are compared with
     #[arg(long, value_name = "FILE")]
     rclone: Option<PathBuf>,
+    /// Hit ratios of eviction policies, instead of the rows
+    #[arg(long, conflicts_with_all = ["rclone", "rows"])]
+    policies: bool,
     /// Only rows with one of these words in their name
     #[arg(long, value_name = "WORD", num_args = 1.., value_delimiter = ' ')]
     rows: Vec<String>,
     /// Part of the data to use, for a quick look
     #[arg(long, default_value_t = 1.0, value_name = "FRACTION")]
     scale: f64,
-    /// Where the report for programs goes
-    #[arg(long, default_value = "target/bench.json", value_name = "FILE")]
-    json: PathBuf,
+    /// Where the report for programs goes [default: target/bench.json, or target/bench-policies.json]
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
     /// Where data is kept meanwhile: a directory on a local disk that every user can enter
     #[arg(long, default_value_os_t = std::env::temp_dir(), value_name = "DIR")]
     dir: PathBuf,
@@ -109,7 +113,9 @@ fn main() -> anyhow::Result<ExitCode> {
 }
 
 async fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let Args { forebay, rclone, rows, scale, json, dir } = args;
+    let Args { forebay, rclone, policies, rows, scale, json, dir } = args;
+    let usual = if policies { "target/bench-policies.json" } else { "target/bench.json" };
+    let json = json.unwrap_or_else(|| usual.into());
     let bench = Bench {
         forebay,
         rclone,
@@ -121,16 +127,23 @@ async fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
-    let mut report = Report::default();
+    let measured = async {
+        if policies {
+            return policies::run(&bench).await;
+        }
+        let mut report = Report::default();
+        measure_all(&bench, &mut report).await;
+        println!("{}", report.table());
+        report.json()
+    };
     // What is dropped when a signal comes first takes its processes, mounts and directories with it.
-    tokio::select! {
-        () = measure_all(&bench, &mut report) => {}
+    let report = tokio::select! {
+        report = measured => report?,
         _ = interrupt.recv() => return Ok(ExitCode::FAILURE),
         _ = terminate.recv() => return Ok(ExitCode::FAILURE),
-    }
-    println!("{}", report.table());
+    };
     bench.say("done");
-    write(&json, &report.json()?)?;
+    write(&json, &report)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -48,6 +48,8 @@ pub struct Setup<'a> {
     pub node_cache: bool,
     /// Requests in a second that each worker may send to the source.
     pub requests_per_second: Option<u32>,
+    /// Eviction policy, and quota in bytes.
+    pub cache: Option<(&'static str, u64)>,
 }
 
 impl Default for Setup<'_> {
@@ -60,6 +62,7 @@ impl Default for Setup<'_> {
             shape: "Auto",
             node_cache: true,
             requests_per_second: None,
+            cache: None,
         }
     }
 }
@@ -220,6 +223,14 @@ impl Served {
         Ok(Pass { done, cpu, requests: self.requests().await? - requests, processes })
     }
 
+    /// Bytes that the workers had, and that they had not, of those that were read so far.
+    pub async fn answered(&self) -> anyhow::Result<(u64, u64)> {
+        let status = self.instance.status().await?;
+        let bytes =
+            |field: &str| status["datasets"][0][field].as_u64().with_context(|| format!("no {field} in the status"));
+        Ok((bytes("hitBytes")?, bytes("missBytes")?))
+    }
+
     /// Requests that reached a daemon so far; the mount's counters survive its daemon.
     async fn requests(&self) -> anyhow::Result<u64> {
         let status = self.instance.status().await?;
@@ -254,6 +265,8 @@ stringData: {{accessKeyId: {}, secretAccessKey: {}}}
         None => (String::new(), format!("uri: \"file://{}\"", source(dir)?.display())),
     };
     let Setup { workers, capacity, shape, .. } = setup;
+    let cache =
+        setup.cache.map_or_else(String::new, |(policy, quota)| format!("cache: {{policy: {policy}, quota: {quota}}}"));
     let volume = if DEFINITION.contains(" shape:\n") { format!("volume: {{shape: {shape}}}") } else { String::new() };
     Ok(format!(
         "apiVersion: forebay.io/v1alpha1
@@ -271,6 +284,7 @@ spec:
   runtimeRef: {{name: runtime}}
   sources: [{{path: /, {source}}}]
   {volume}
+  {cache}
 "
     ))
 }

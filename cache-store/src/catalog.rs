@@ -6,8 +6,8 @@
 //! ten million chunks (640 TB of full ones). A chunk that changed waits in a set for the index: 20 bytes and 1 of control
 //! at a load of 44 to 87 %, so at most 48 bytes each, at most [`MAX_DIRTY`] of them (12 MB).
 //!
-//! Invariant: an entry and the ledger change together, by [`Catalog::apply`] only; but for [`Entry::used`], which nobody
-//! is charged for.
+//! Invariant: an entry and the ledger change together, by [`Catalog::apply`] only; but for [`Entry::used`] and
+//! [`Entry::hits`], which nobody is charged for.
 //! Lock order: shard, ledger. Nothing else is locked and no I/O is done under either. No [`Chunk`] may be dropped
 //! under a shard's lock: its drop takes it.
 
@@ -85,6 +85,8 @@ pub(crate) struct Entry {
     pub(crate) order: Tick,
     /// Its place in the order of use, on the same clock; an open chunk may know a later one. Never leaves memory.
     pub(crate) used: Tick,
+    /// How often it was used, as far as not forgotten; an open chunk may know of more. Never leaves memory.
+    pub(crate) hits: u8,
     /// Its dataset, in the ledger.
     pub(crate) slot: u32,
     /// Bytes of the blocks held or being written.
@@ -220,14 +222,33 @@ impl Catalog {
         self.shard(name).lock().live.insert(name, Arc::downgrade(chunk));
     }
 
-    /// Forgets an open chunk, but not when it was `used`, unless another one took its name.
-    pub(crate) fn clear_live(&self, name: Name, chunk: *const Chunk, used: u64) {
+    /// Forgets an open chunk, but not its uses, unless another one took its name.
+    pub(crate) fn clear_live(&self, name: Name, chunk: &Chunk) {
         let mut shard = self.shard(name).lock();
         if shard.live.get(&name).is_some_and(|live| std::ptr::eq(live.as_ptr(), chunk)) {
             shard.live.remove(&name);
             if let Some(entry) = shard.entries.get_mut(&name) {
-                entry.used = Tick::new(entry.used.get().max(used));
+                entry.used = Tick::new(entry.used.get().max(chunk.used()));
+                entry.hits = entry.hits.saturating_add(chunk.take_hits());
             }
+        }
+    }
+
+    /// Forgets uses of the chunks of a dataset: `left` says how many are left, of how many, for an order of admission.
+    pub(crate) fn forget_uses(&self, slot: u32, left: impl Fn(u64, u8) -> u8) {
+        for shard in &self.shards {
+            let mut shard = shard.lock();
+            let Shard { entries, live, dirty: _ } = &mut *shard;
+            let opened = |name: &Name| live.get(name).and_then(Weak::upgrade);
+            let mut open = Vec::new();
+            for (name, entry) in entries.iter_mut().filter(|(_, entry)| entry.slot == slot) {
+                let chunk = opened(name);
+                let hits = entry.hits.saturating_add(chunk.as_ref().map_or(0, |chunk| chunk.take_hits()));
+                entry.hits = left(entry.order.get(), hits);
+                open.extend(chunk);
+            }
+            // A chunk that was closed meanwhile is dropped here.
+            drop(shard);
         }
     }
 
@@ -277,7 +298,9 @@ impl Catalog {
         found.map(|(name, entry, chunk)| Candidate {
             key: name.into(),
             order: entry.order.get(),
-            used: chunk.map_or(entry.used.get(), |chunk| entry.used.get().max(chunk.used())),
+            slot: entry.slot,
+            used: entry.used.get().max(chunk.as_ref().map_or(0, |chunk| chunk.used())),
+            hits: entry.hits.saturating_add(chunk.as_ref().map_or(0, |chunk| chunk.hits())),
             bytes: entry.charge().used,
         })
     }
@@ -358,7 +381,7 @@ mod tests {
 
     fn entry(order: u64) -> Entry {
         let order = Tick::new(order);
-        Entry { order, used: order, slot: 0, data: 10, len: 100, overhead: 5, flags: 0 }
+        Entry { order, used: order, hits: 0, slot: 0, data: 10, len: 100, overhead: 5, flags: 0 }
     }
 
     #[test]

@@ -18,7 +18,7 @@ use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use forebay_protocol::{BLOCK_SIZE, ChunkKey, DatasetId, DatasetPath, FileVersion, block_checksum};
 use parking_lot::Mutex;
@@ -88,6 +88,10 @@ pub struct Chunk {
     slot: u32,
     /// Its place in the order of use since it was opened; 0 before its first one.
     used: AtomicU64,
+    /// Uses since it was opened, of those that are told apart.
+    hits: AtomicU8,
+    /// When it was made, or the last of those was, on the store's clock; 0 before.
+    counted: AtomicU64,
     detached: AtomicBool,
     trailer: Mutex<()>,
     state: Mutex<State>,
@@ -170,6 +174,8 @@ impl Chunk {
             layout,
             slot,
             used: AtomicU64::new(0),
+            hits: AtomicU8::new(0),
+            counted: AtomicU64::new(0),
             detached: AtomicBool::new(false),
             trailer: Mutex::new(()),
             state: Mutex::new(state),
@@ -287,7 +293,7 @@ impl Chunk {
         }
         let checksums = state.checksums[first as usize..(first + count) as usize].to_vec();
         drop(state);
-        self.touch();
+        self.hit();
         let offset = u64::from(first) * BLOCK_SIZE;
         Some(Ok(Extent { file, offset, len: self.bytes_of(first, count), checksums }))
     }
@@ -310,7 +316,7 @@ impl Chunk {
         let mut found = buf.chunks(BLOCK_SIZE as usize).zip(&checksums).zip(first..);
         if read.is_ok() && found.all(|((bytes, checksum), block)| self.checksum(block, bytes) == *checksum) {
             self.settle(epoch, &blocks);
-            self.touch();
+            self.hit();
             return Ok(());
         }
         buf.clear();
@@ -347,6 +353,7 @@ impl Chunk {
             return Err(WriteError::Gone);
         }
         let (file, order) = self.shared.create(self.slot, self.key, &self.header, &self.layout, first_write)?;
+        self.counted.store(self.shared.now(), Ordering::Relaxed);
         let mut state = self.state.lock();
         state.checksums = vec![0; self.layout.blocks as usize];
         state.body = Some(Body { file: Arc::new(file), order });
@@ -395,7 +402,27 @@ impl Chunk {
         self.detached.store(true, Ordering::Release);
     }
 
-    /// The chunk is used. On the read path: two atomic operations, no lock.
+    pub(crate) fn hits(&self) -> u8 {
+        self.hits.load(Ordering::Relaxed)
+    }
+
+    /// The same; from now on they count from 0.
+    pub(crate) fn take_hits(&self) -> u8 {
+        self.hits.swap(0, Ordering::Relaxed)
+    }
+
+    /// The chunk is read. On the read path: a few atomic operations, no lock. A pass over it is many reads, and one use.
+    fn hit(&self) {
+        self.touch();
+        let (now, counted) = (self.shared.now(), self.counted.load(Ordering::Relaxed));
+        if counted == 0 || now.saturating_sub(counted) >= self.shared.tuning.one_use.as_millis() as u64 {
+            // Of two at once one is lost.
+            self.counted.store(now, Ordering::Relaxed);
+            self.hits.store(self.hits().saturating_add(1), Ordering::Relaxed);
+        }
+    }
+
+    /// The chunk is used: read or written.
     fn touch(&self) {
         self.used.store(self.shared.catalog.next_order().get(), Ordering::Relaxed);
     }
@@ -634,7 +661,7 @@ impl Chunk {
 
 impl Drop for Chunk {
     fn drop(&mut self) {
-        self.shared.catalog.clear_live(self.name, self, self.used());
+        self.shared.catalog.clear_live(self.name, self);
     }
 }
 

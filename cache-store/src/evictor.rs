@@ -5,9 +5,10 @@
 //! the high watermark down to the low one. Pinned chunks go only with their dataset. The same thread watches the
 //! directory and the free space.
 //!
-//! Where a policy gives way ([`Policy::Lru`]), who is refused asks for room, and does not wait for it: what it has is
+//! Where a policy gives way ([`Policy`]), who is refused asks for room, and does not wait for it: what it has is
 //! streamed past, and the next one finds room. The quota takes it from the dataset itself, if its policy gives way; the
-//! watermark, for a dataset of any policy, from all whose policies give way, whoever's chunk was used longest ago. So
+//! watermark, for a dataset of any policy, from all whose policies give way: from each as many bytes as it has among the
+//! chunks that were used longest ago; which of its chunks go is up to its own policy. So
 //! what is there to be replaced never keeps out what is there to stay, and what is there to stay goes for nobody. A chunk
 //! that somebody has open does not give way. To find what does costs a look at every chunk, so more goes than was asked
 //! for: as large a part of what may go as lies between the watermarks. That is down to the low one where everything gives
@@ -24,7 +25,7 @@ use parking_lot::{Condvar, Mutex};
 use crate::catalog::{Entry, Name, PINNED, SUPERSEDED};
 use crate::chunk::Chunk;
 use crate::error::Refusal;
-use crate::ledger::Deficit;
+use crate::ledger::{Deficit, Ledger};
 use crate::policy::Policy;
 use crate::root::{Loss, Root};
 use crate::shared::Shared;
@@ -171,7 +172,7 @@ impl Shared {
             if dataset == 0 && tier == 0 {
                 return true;
             }
-            if dataset > 0 && self.evict_of(slot, dataset, Some(except)) == 0 {
+            if dataset > 0 && self.evict_of(slot, dataset, |name, _| name != except) == 0 {
                 return false;
             }
             let tier = tier.saturating_sub(dataset);
@@ -194,13 +195,19 @@ impl Shared {
             |name, chunk: Option<&Arc<Chunk>>| name != asking && !chunk.is_some_and(|chunk| self.in_use(name, chunk));
         let dataset = self.ceded(slot, bytes, asking).dataset;
         if dataset > 0 {
-            self.evict_by(Policy::Lru, |of| of == slot, dataset, idle);
+            self.evict_of(slot, dataset, idle);
         }
         // What went is no longer missing in the tier.
         let tier = self.ceded(slot, bytes, asking).tier;
         if tier > 0 {
             let slots = self.catalog.ledger(|ledger| ledger.giving_way());
-            self.evict_by(Policy::Lru, |of| slots.contains(&of), tier, idle);
+            let mut shares = BTreeMap::<u32, u64>::new();
+            for stale in Policy::Lru.victims(self.catalog.candidates(|of| slots.contains(&of), idle), tier, 0) {
+                *shares.entry(stale.slot).or_default() += stale.bytes;
+            }
+            for (slot, bytes) in shares {
+                self.evict_of(slot, bytes, idle);
+            }
         }
     }
 
@@ -238,7 +245,7 @@ impl Shared {
             });
             over.collect::<Vec<_>>()
         });
-        let gone: u64 = over.into_iter().map(|(slot, bytes)| self.evict_of(slot, bytes, None)).sum();
+        let gone: u64 = over.into_iter().map(|(slot, bytes)| self.evict_of(slot, bytes, |_, _| true)).sum();
         let over = self.catalog.ledger(|ledger| match ledger.total.used {
             used if used > ledger.high => used - ledger.low,
             _ => 0,
@@ -295,29 +302,35 @@ impl Shared {
 
     fn evict_of_tier(&self, bytes: u64, except: Option<Name>) -> u64 {
         let shares = self.catalog.ledger(|ledger| ledger.shares(bytes));
-        shares.into_iter().map(|(slot, bytes)| self.evict_of(slot, bytes, except)).sum()
+        shares.into_iter().map(|(slot, bytes)| self.evict_of(slot, bytes, |name, _| Some(name) != except)).sum()
     }
 
-    /// Evicts at least `bytes` of a dataset if its policy finds as much; the number of chunks that went.
-    fn evict_of(&self, slot: u32, bytes: u64, except: Option<Name>) -> u64 {
-        let terms = self.catalog.ledger(|ledger| ledger.account(slot).map(|account| account.terms));
-        self.evict_by(terms.unwrap_or_default().policy, |of| of == slot, bytes, |name, _| Some(name) != except)
-    }
-
-    fn evict_by(
-        &self,
-        policy: Policy,
-        of: impl Fn(u32) -> bool,
-        bytes: u64,
-        may: impl Fn(Name, Option<&Arc<Chunk>>) -> bool,
-    ) -> u64 {
-        let victims = policy.victims(self.catalog.candidates(of, &may), bytes);
+    /// Evicts at least `bytes` of the chunks of a dataset that `may` go, if there is as much; the number of chunks that
+    /// went.
+    fn evict_of(&self, slot: u32, bytes: u64, may: impl Fn(Name, Option<&Arc<Chunk>>) -> bool) -> u64 {
+        let terms = |ledger: &mut Ledger| ledger.account(slot).map(|account| (account.terms.policy, account.hand));
+        let Some((policy, hand)) = self.catalog.ledger(terms) else { return 0 };
+        let (mut hits, mut count) = (0, 0);
+        let candidates = self.catalog.candidates(|of| of == slot, &may).inspect(|candidate| {
+            hits += u64::from(candidate.hits);
+            count += 1;
+        });
+        let victims = policy.victims(candidates, bytes, hand);
+        let Some(last) = victims.last() else { return 0 };
+        if matches!(policy, Policy::Lfu | Policy::Sieve) {
+            self.catalog.forget_uses(slot, |order, uses| policy.left(uses, order, hand, last, hits / count));
+        }
+        self.catalog.ledger(|ledger| {
+            if let Some(account) = ledger.account(slot) {
+                account.hand = last.order;
+            }
+        });
         let gone = |name| {
             // Those before it took their time.
             let still = !self.stopping() && may(name, self.catalog.live(name).as_ref());
             still && matches!(self.evict(name, Why::Victim), Outcome::Gone(_))
         };
-        victims.into_iter().filter(|key| gone(Name::from(*key))).count() as u64
+        victims.iter().filter(|victim| gone(Name::from(victim.key))).count() as u64
     }
 
     /// Notices that the directory was removed or moved away, and makes it again. What it held is given up only then, or

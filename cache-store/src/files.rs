@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use forebay_protocol::ChunkKey;
@@ -96,7 +95,8 @@ impl Shared {
             let kept = before.map_or(0, |entry| entry.flags & (PINNED | SUPERSEDED));
             pinned = kept & PINNED != 0;
             // A chunk's length is at most 64 MiB.
-            Some(Entry { order, used: order, slot, data: 0, len: layout.len as u32, overhead, flags: kept | TRUSTED })
+            let (data, len, flags) = (0, layout.len as u32, kept | TRUSTED);
+            Some(Entry { order, used: order, hits: 0, slot, data, len, overhead, flags })
         });
         if let Err(refusal) = entered {
             return Err(self.refused(slot, name, refusal).into());
@@ -167,7 +167,7 @@ impl Shared {
             && chunk.has_body()
         {
             chunk.detach();
-            self.catalog.clear_live(name, Arc::as_ptr(&chunk), chunk.used());
+            self.catalog.clear_live(name, &chunk);
         }
         self.open.remove(&name);
     }
@@ -187,7 +187,7 @@ impl Shared {
         }
         self.discard(name, Some(order));
         chunk.detach();
-        self.catalog.clear_live(name, chunk, chunk.used());
+        self.catalog.clear_live(name, chunk);
         self.open.remove(&name);
         self.signals.kick();
     }
@@ -200,9 +200,8 @@ impl Shared {
         let fresh = self.catalog.next_order();
         let enter = |mark: u8| {
             self.catalog.apply(name, true, |before| {
-                let (order, used, flags) =
-                    before.map_or((fresh, fresh, mark), |entry| (entry.order, entry.used, entry.flags));
-                Some(Entry { order, used, slot, data, len, overhead, flags })
+                let new = Entry { order: fresh, used: fresh, hits: 0, slot, data, len, overhead, flags: mark };
+                Some(before.map_or(new, |entry| Entry { slot, data, len, overhead, ..entry }))
             })
         };
         let before = match enter(if trailer.pinned { PINNED } else { 0 }) {

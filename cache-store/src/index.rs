@@ -353,7 +353,7 @@ fn write_batch(database: &Database, catalog: &Catalog, rows: &[Row], anew: bool,
 }
 
 fn encode(name: Name, dataset: DatasetId, entry: &Entry) -> [u8; ROW] {
-    let Entry { order, used: _, slot: _, data, len, overhead, flags } = *entry;
+    let Entry { order, used: _, hits: _, slot: _, data, len, overhead, flags } = *entry;
     let mut row = [0; ROW];
     row[..16].copy_from_slice(dataset.as_bytes());
     row[16..24].copy_from_slice(&order.get().to_le_bytes());
@@ -381,6 +381,7 @@ fn decode(name: Name, row: &[u8; ROW]) -> Option<(DatasetId, Entry)> {
     let entry = Entry {
         order,
         used: order,
+        hits: 0,
         slot: 0,
         data: u32::from_le_bytes(*data),
         len: u32::from_le_bytes(*len),
@@ -412,7 +413,7 @@ mod tests {
             let file = FileIdentity(u128::from(index).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c834));
             let name = ChunkKey { file, index: 0 }.into();
             let order = catalog.next_order();
-            let entry = Entry { order, used: order, slot, data: 7, len: 9, overhead: 4096, flags: 0 };
+            let entry = Entry { order, used: order, hits: 0, slot, data: 7, len: 9, overhead: 4096, flags: 0 };
             catalog.apply(name, true, |_| Some(entry)).unwrap();
         }
     }
@@ -422,8 +423,16 @@ mod tests {
     fn a_row_is_as_version_1_has_it() {
         let name = Name::from(ChunkKey { file: FileIdentity(0x0102), index: 3 });
         let dataset = DatasetId::local("default", "golden");
-        let entry =
-            Entry { order: Tick::new(5), used: Tick::new(5), slot: 0, data: 6, len: 7, overhead: 4096, flags: PINNED };
+        let entry = Entry {
+            order: Tick::new(5),
+            used: Tick::new(5),
+            hits: 0,
+            slot: 0,
+            data: 6,
+            len: 7,
+            overhead: 4096,
+            flags: PINNED,
+        };
         let row = encode(name, dataset, &entry);
         assert_eq!(crate::superblock::FORMAT, 1);
         assert_eq!(hex::encode(name.0), "0000000000000000000000000000010200000003");

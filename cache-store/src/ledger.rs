@@ -45,6 +45,8 @@ pub(crate) struct Account {
     pub(crate) forgotten: bool,
     pub(crate) terms: DatasetPolicy,
     pub(crate) sum: Charge,
+    /// Where the policy's hand is: the order of admission of the chunk that went last.
+    pub(crate) hand: u64,
     pub(crate) evicted_bytes: u64,
     pub(crate) bypassed: u64,
     pub(crate) corrupt_blocks: u64,
@@ -105,6 +107,7 @@ impl Ledger {
                 forgotten: false,
                 terms: DatasetPolicy::default(),
                 sum: Charge::default(),
+                hand: 0,
                 evicted_bytes: 0,
                 bypassed: 0,
                 corrupt_blocks: 0,

@@ -6,7 +6,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use forebay_protocol::ChunkKey;
 use parking_lot::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
@@ -39,6 +39,8 @@ pub struct Tuning {
     pub open_files: usize,
     /// Whether admission stops when the file system is nearly full.
     pub watch_space: bool,
+    /// Uses of a chunk within this time after one that counted, or after the chunk was made, do not count again.
+    pub one_use: Duration,
 }
 
 impl Default for Tuning {
@@ -50,6 +52,7 @@ impl Default for Tuning {
             tick: Duration::from_secs(1),
             open_files: 1024,
             watch_space: true,
+            one_use: Duration::from_secs(10),
         }
     }
 }
@@ -82,6 +85,7 @@ pub(crate) struct Shared {
     stripes: Box<[Mutex<()>]>,
     /// Closed when true; held for reading by whatever changes the catalog.
     gate: RwLock<bool>,
+    start: Instant,
 }
 
 impl Shared {
@@ -102,7 +106,13 @@ impl Shared {
             root: RwLock::new(Some(root)),
             stripes: (0..STRIPES).map(|_| Mutex::new(())).collect(),
             gate: RwLock::new(false),
+            start: Instant::now(),
         }
+    }
+
+    /// Milliseconds on the store's clock; never 0.
+    pub(crate) fn now(&self) -> u64 {
+        self.start.elapsed().as_millis() as u64 + 1
     }
 
     /// The directory; `None` once the store is closed.

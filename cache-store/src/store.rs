@@ -274,8 +274,17 @@ impl ChunkStore {
     pub fn usage(&self, dataset: DatasetId) -> DatasetUsage {
         self.shared.catalog.ledger(|ledger| {
             ledger.find(dataset).map_or_else(DatasetUsage::default, |account| {
-                let Account { id: _, served: _, forgotten: _, terms, sum, evicted_bytes, bypassed, corrupt_blocks } =
-                    account.clone();
+                let Account {
+                    id: _,
+                    served: _,
+                    forgotten: _,
+                    hand: _,
+                    terms,
+                    sum,
+                    evicted_bytes,
+                    bypassed,
+                    corrupt_blocks,
+                } = account.clone();
                 DatasetUsage {
                     cached_bytes: sum.data,
                     used_bytes: sum.used,
@@ -307,6 +316,12 @@ impl ChunkStore {
             sweeping: self.shared.sweeping.load(Ordering::Acquire),
             problem: self.shared.disk.problem(),
         }
+    }
+
+    /// Makes all the room that is due: the store's own thread does the same soon after it is due. For programs that have no
+    /// time between two reads, as a network and a source take it.
+    pub fn make_due_room(&self) {
+        self.shared.round();
     }
 
     /// Ends cleanly: waits for writes in flight, writes the index, and releases the directory. Whoever holds a chunk or

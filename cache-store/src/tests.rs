@@ -31,7 +31,8 @@ fn a_start_reads_the_index_and_opens_no_file() {
         for index in 0..CHUNKS {
             let file = FileIdentity(u128::from(index).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835));
             let order = catalog.next_order();
-            let entry = Entry { order, used: order, slot, data: 50_000, len: 50_000, overhead: 7_344, flags: 0 };
+            let entry =
+                Entry { order, used: order, hits: 0, slot, data: 50_000, len: 50_000, overhead: 7_344, flags: 0 };
             catalog.apply(Name::from(ChunkKey { file, index: 0 }), true, |_| Some(entry)).unwrap();
         }
         let index = Index::default();

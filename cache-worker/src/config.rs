@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use forebay_cache_store::Policy;
 use forebay_protocol::{
     DatasetId,
     handshake::{KeyFileError, RuntimeKey},
@@ -150,17 +151,6 @@ pub struct SourceConfig {
     /// Why it cannot be used, if whoever wrote this knows: then it is not asked, and answers with this message.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<SourceProblem>,
-}
-
-/// What is admitted and evicted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Policy {
-    /// Admit until the quota, then read through.
-    #[default]
-    Hold,
-    /// Admit, and evict what was used longest ago.
-    #[serde(rename = "LRU")]
-    Lru,
 }
 
 /// Why a file cannot be used.

@@ -20,7 +20,7 @@ use tokio::time::sleep;
 use tracing::{error, info, warn};
 
 use crate::{
-    config::{DatasetConfig, Policy},
+    config::DatasetConfig,
     dataset::{Dataset, DatasetError, Opener},
     metrics::Metrics,
 };
@@ -249,9 +249,5 @@ impl Datasets {
 }
 
 fn policy(config: &DatasetConfig) -> DatasetPolicy {
-    let policy = match config.policy {
-        Policy::Hold => forebay_cache_store::Policy::Hold,
-        Policy::Lru => forebay_cache_store::Policy::Lru,
-    };
-    DatasetPolicy { policy, quota: config.quota }
+    DatasetPolicy { policy: config.policy, quota: config.quota }
 }

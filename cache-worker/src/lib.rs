@@ -27,8 +27,7 @@ mod reload;
 mod scan;
 mod worker;
 
-pub use config::{
-    ConfigError, DatasetConfig, DatasetsFile, Policy, SourceConfig, TableFile, VolumeShape, WorkerOptions,
-};
+pub use config::{ConfigError, DatasetConfig, DatasetsFile, SourceConfig, TableFile, VolumeShape, WorkerOptions};
 pub use dataset::SourceProblem;
+pub use forebay_cache_store::Policy;
 pub use worker::{RunningWorker, run};

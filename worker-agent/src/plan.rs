@@ -82,16 +82,9 @@ pub(crate) fn datasets<'a>(
             namespace: meta.namespace.clone()?,
             name: meta.name.clone()?,
             sources: dataset.spec.sources.iter().map(|source| source_config(source, secrets)).collect(),
-            policy: match dataset.spec.cache.policy {
-                forebay_api::Policy::Hold => Policy::Hold,
-                forebay_api::Policy::Lru => Policy::Lru,
-            },
+            policy: policy(dataset.spec.cache.policy),
             quota: quota.map(|quota| quota.div_ceil(u64::from(replicas.max(1)))),
-            shape: match dataset.spec.volume.shape {
-                forebay_api::VolumeShape::Auto => VolumeShape::Auto,
-                forebay_api::VolumeShape::Large => VolumeShape::Large,
-                forebay_api::VolumeShape::Small => VolumeShape::Small,
-            },
+            shape: shape(dataset.spec.volume.shape),
             sync_interval: dataset.spec.sync.interval(),
         })
     });
@@ -99,6 +92,26 @@ pub(crate) fn datasets<'a>(
     // One order, so that equal contents are equal bytes.
     datasets.sort_by_key(|dataset| dataset.id);
     DatasetsFile { datasets }
+}
+
+/// As the worker is told it.
+pub fn policy(policy: forebay_api::Policy) -> Policy {
+    match policy {
+        forebay_api::Policy::Hold => Policy::Hold,
+        forebay_api::Policy::Lru => Policy::Lru,
+        forebay_api::Policy::Lfu => Policy::Lfu,
+        forebay_api::Policy::Sieve => Policy::Sieve,
+        forebay_api::Policy::Fifo => Policy::Fifo,
+    }
+}
+
+/// As the worker is told it.
+pub fn shape(shape: forebay_api::VolumeShape) -> VolumeShape {
+    match shape {
+        forebay_api::VolumeShape::Auto => VolumeShape::Auto,
+        forebay_api::VolumeShape::Large => VolumeShape::Large,
+        forebay_api::VolumeShape::Small => VolumeShape::Small,
+    }
 }
 
 fn source_config(source: &Source, secrets: &HashMap<String, Credentials>) -> SourceConfig {

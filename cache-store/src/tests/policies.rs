@@ -56,7 +56,9 @@ fn open(dir: &std::path::Path, low_percent: u8) -> Arc<ChunkStore> {
     };
     let hour = Duration::from_secs(3600);
     // Two open files: what is known of the others' use is in their entries.
-    let tuning = Tuning { supersede_grace: hour, tick: hour, open_files: 2, watch_space: false, ..Tuning::default() };
+    let one_use = Duration::ZERO;
+    let tuning =
+        Tuning { supersede_grace: hour, tick: hour, open_files: 2, watch_space: false, one_use, ..Tuning::default() };
     ChunkStore::open_tuned(options, tuning).unwrap()
 }
 
@@ -109,7 +111,8 @@ enum Op {
 
 fn op() -> impl Strategy<Value = Op> {
     let chunk = || 0..SIZES.len();
-    let policy = prop_oneof![1 => Just(Policy::Hold), 3 => Just(Policy::Lru)];
+    let policy =
+        prop_oneof![Just(Policy::Hold), Just(Policy::Lru), Just(Policy::Lfu), Just(Policy::Sieve), Just(Policy::Fifo)];
     let quota = prop_oneof![1 => Just(None), 3 => (0..300_000u64).prop_map(Some)];
     prop_oneof![
         12 => chunk().prop_map(|chunk| Op::Admit { chunk }),
@@ -128,6 +131,7 @@ struct Held {
     bytes: u64,
     admitted: u64,
     used: u64,
+    hits: u64,
     pinned: bool,
     superseded: bool,
 }
@@ -136,6 +140,8 @@ struct Held {
 struct Model {
     held: BTreeMap<usize, Held>,
     terms: [DatasetPolicy; 2],
+    /// When what went last was admitted.
+    hands: [u64; 2],
     low: u64,
     clock: u64,
 }
@@ -146,7 +152,7 @@ impl Model {
     }
 
     fn gives_way(&self, dataset: usize) -> bool {
-        self.terms[dataset].policy == Policy::Lru
+        self.terms[dataset].policy != Policy::Hold
     }
 
     /// Bytes missing in the dataset and in the tier.
@@ -156,19 +162,41 @@ impl Model {
         ((used + bytes).saturating_sub(quota), (self.sum(|_| true) + bytes).saturating_sub(HIGH))
     }
 
-    /// Drops one after the other what goes first, until so many bytes are free.
-    fn drop_first(&mut self, bytes: u64, of: impl Fn(&Held) -> bool, rank: impl Fn(&Held) -> u64) {
+    /// Drops one after the other what the dataset's policy has go first, until so many bytes are free.
+    fn drop_of(&mut self, dataset: usize, bytes: u64) {
+        let policy = self.terms[dataset].policy;
+        let candidates: Vec<_> = self.candidates(|held| held.dataset == dataset);
+        let mean = candidates.iter().map(|chunk| self.held[chunk].hits).sum::<u64>() / (candidates.len() as u64).max(1);
         let mut freed = 0;
         while freed < bytes {
-            let candidates = self.held.iter().filter(|(_, held)| !held.pinned && of(held));
-            let Some((chunk, bytes)) =
-                candidates.min_by_key(|(_, held)| rank(held)).map(|(chunk, held)| (*chunk, held.bytes))
-            else {
-                return;
+            let mut left = self.candidates(|held| held.dataset == dataset);
+            let key = |chunk: &usize| {
+                let Held { admitted, used, hits, .. } = self.held[chunk];
+                match policy {
+                    Policy::Hold => (u64::MAX - admitted, 0),
+                    Policy::Lru => (used, 0),
+                    Policy::Lfu => (hits, used),
+                    // The hand looks at who comes after it, then begins anew.
+                    Policy::Sieve => (u64::from(admitted <= self.hands[dataset]), admitted),
+                    Policy::Fifo => (admitted, 0),
+                }
             };
-            self.held.remove(&chunk);
-            freed += bytes;
+            left.sort_by_key(key);
+            let Some(first) = left.first().copied() else { break };
+            self.hands[dataset] = self.held[&first].admitted;
+            if policy == Policy::Sieve && self.held[&first].hits > 0 {
+                self.held.entry(first).and_modify(|held| held.hits = 0);
+                continue;
+            }
+            freed += self.held.remove(&first).map_or(0, |held| held.bytes);
         }
+        if policy == Policy::Lfu && mean > 8 && freed > 0 {
+            self.held.values_mut().filter(|held| held.dataset == dataset).for_each(|held| held.hits /= 2);
+        }
+    }
+
+    fn candidates(&self, of: impl Fn(&Held) -> bool) -> Vec<usize> {
+        self.held.iter().filter(|(_, held)| !held.pinned && of(held)).map(|(chunk, _)| *chunk).collect()
     }
 
     /// What gives way in the dataset, and in the tier; `None` when that is not enough.
@@ -187,11 +215,20 @@ impl Model {
             return;
         }
         if let Some((bytes, _)) = self.ceded(dataset, bytes) {
-            self.drop_first(bytes, |held| held.dataset == dataset, |held| held.used);
+            self.drop_of(dataset, bytes);
         }
         if let Some((_, bytes)) = self.ceded(dataset, bytes) {
-            let terms = self.terms;
-            self.drop_first(bytes, |held| terms[held.dataset].policy == Policy::Lru, |held| held.used);
+            // As much of each as it has among what was used longest ago.
+            let mut stale = self.candidates(|held| self.gives_way(held.dataset));
+            stale.sort_by_key(|chunk| self.held[chunk].used);
+            let (mut shares, mut sum) = ([0, 0], 0);
+            for Held { dataset, bytes: size, .. } in stale.iter().map(|chunk| self.held[chunk]) {
+                if sum < bytes {
+                    shares[dataset] += size;
+                    sum += size;
+                }
+            }
+            (0..2).for_each(|dataset| self.drop_of(dataset, shares[dataset]));
         }
     }
 
@@ -204,18 +241,14 @@ impl Model {
         }
         self.clock += 1;
         let (admitted, used) = (self.clock, self.clock);
-        self.held.insert(chunk, Held { dataset, bytes, admitted, used, pinned: false, superseded: false });
+        self.held.insert(chunk, Held { dataset, bytes, admitted, used, hits: 0, pinned: false, superseded: false });
         true
     }
 
     fn enforce_quotas(&mut self) {
         for dataset in 0..2 {
             let (over, _) = self.missing(dataset, 0);
-            let of = |held: &Held| held.dataset == dataset;
-            match self.terms[dataset].policy {
-                Policy::Hold => self.drop_first(over, of, |held| u64::MAX - held.admitted),
-                Policy::Lru => self.drop_first(over, of, |held| held.used),
-            }
+            self.drop_of(dataset, over);
         }
     }
 
@@ -236,7 +269,7 @@ fn check(ops: &[Op], low_percent: u8) {
     let mut real = Fixture::new(low_percent);
     let hold = DatasetPolicy::default();
     let low = CAPACITY * u64::from(low_percent) / 100;
-    let mut model = Model { held: BTreeMap::new(), terms: [hold; 2], low, clock: 0 };
+    let mut model = Model { held: BTreeMap::new(), terms: [hold; 2], hands: [0; 2], low, clock: 0 };
     let specs: Vec<_> = SIZES.iter().enumerate().map(|(n, size)| spec(n % 2, &format!("f{n}"), *size)).collect();
     let announce = |real: &Fixture, terms: &[DatasetPolicy; 2]| {
         (0..2).for_each(|index| real.set(index, terms[index].policy, terms[index].quota));
@@ -256,7 +289,9 @@ fn check(ops: &[Op], low_percent: u8) {
             }
             Op::Read { chunk, verified } => {
                 model.clock += 1;
-                let used = model.held.get_mut(&chunk).map(|held| held.used = model.clock);
+                let used = model.held.get_mut(&chunk).map(|held| {
+                    (held.used, held.hits) = (model.clock, held.hits + 1);
+                });
                 assert_eq!(real.read(&specs[chunk], verified), used.is_some());
             }
             Op::Pin { chunk, pinned } => {
@@ -277,7 +312,8 @@ fn check(ops: &[Op], low_percent: u8) {
             Op::Reopen => {
                 real.reopen();
                 announce(&real, &model.terms);
-                model.held.values_mut().for_each(|held| held.used = held.admitted);
+                model.held.values_mut().for_each(|held| (held.used, held.hits) = (held.admitted, 0));
+                model.hands = [0; 2];
             }
         }
         real.store.shared.round();

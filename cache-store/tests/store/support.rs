@@ -17,6 +17,7 @@ pub(crate) const QUICK: Tuning = Tuning {
     tick: Duration::from_millis(20),
     open_files: 64,
     watch_space: true,
+    one_use: Duration::from_secs(10),
 };
 
 pub(crate) fn dataset() -> DatasetId {

@@ -467,16 +467,9 @@ fn dataset_config(dataset: &ValidatedDataset, workers: u32) -> DatasetConfig {
         namespace: dataset.namespace.clone(),
         name: dataset.name.clone(),
         sources,
-        policy: match dataset.policy {
-            forebay_api::Policy::Hold => forebay_cache_worker::Policy::Hold,
-            forebay_api::Policy::Lru => forebay_cache_worker::Policy::Lru,
-        },
+        policy: forebay_worker_agent::policy(dataset.policy),
         quota: dataset.quota_bytes.map(|quota| quota.div_ceil(u64::from(workers))),
-        shape: match dataset.shape {
-            forebay_api::VolumeShape::Auto => forebay_cache_worker::VolumeShape::Auto,
-            forebay_api::VolumeShape::Large => forebay_cache_worker::VolumeShape::Large,
-            forebay_api::VolumeShape::Small => forebay_cache_worker::VolumeShape::Small,
-        },
+        shape: forebay_worker_agent::shape(dataset.shape),
         sync_interval: dataset.sync_interval,
     }
 }
