@@ -23,9 +23,12 @@ pub fn update(run: &mut Run, job: Option<&JobView>, seen: Option<&RunSeen>, now:
     }
     let mut finished = false;
     if let Some(seen) = seen {
-        let all = sum(seen.shares.values());
-        count(run, &all, now);
-        finished = all.finished;
+        // Without the share of a worker the numbers say less than what is the case: those before are better.
+        if seen.is_whole {
+            let all = sum(seen.shares.values());
+            count(run, &all, now);
+            finished = all.finished;
+        }
         (run.phase, run.message) = (RunPhase::Running, None);
     }
     let Some(job) = job else {
@@ -133,7 +136,15 @@ mod tests {
             failures: vec!["/a: gone".into(); failed_files as usize],
             ..LoadProgress::default()
         };
-        RunSeen { shares: [("w-0".into(), share(done_bytes)), ("w-1".into(), share(500))].into(), errors: vec![] }
+        let shares = [("w-0".into(), share(done_bytes)), ("w-1".into(), share(500))].into();
+        RunSeen { shares, is_whole: true, errors: vec![] }
+    }
+
+    /// One worker was started again, and knows nothing of it.
+    fn half_seen(done_bytes: u64) -> RunSeen {
+        let mut half = seen(done_bytes, true, 0);
+        half.shares.remove("w-1");
+        RunSeen { is_whole: false, ..half }
     }
 
     #[test]
@@ -147,7 +158,11 @@ mod tests {
             (RunPhase::Running, Some(6), Some(10), Some(60))
         );
         assert_eq!((one.bytes_per_second, one.eta_time.clone()), (Some(60), Some(Time(at(116)))));
+        update(&mut one, Some(&job(None)), Some(&half_seen(500)), at(111));
+        assert_eq!((one.files, one.total_files), (Some(6), Some(10)), "less than all is not told");
         // The Job is faster than the numbers.
+        update(&mut one, Some(&job(Some(("Complete", "", 112)))), Some(&half_seen(500)), at(113));
+        assert_eq!(one.phase, RunPhase::Running);
         update(&mut one, Some(&job(Some(("Complete", "", 112)))), Some(&seen(100, false, 0)), at(113));
         assert_eq!(one.phase, RunPhase::Running);
         update(&mut one, Some(&job(Some(("Complete", "", 112)))), Some(&seen(500, true, 0)), at(114));

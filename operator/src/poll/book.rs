@@ -73,6 +73,9 @@ pub struct DatasetSeen {
 pub struct RunSeen {
     /// Shares of workers, by name.
     pub shares: BTreeMap<String, wire::LoadProgress>,
+    /// Whether every member that serves told its share, all by one table: one that has just been told of the load, or was
+    /// started again since, knows nothing of it.
+    pub is_whole: bool,
     /// Why a share ended before it was finished.
     pub errors: Vec<String>,
 }
@@ -206,11 +209,17 @@ impl Book {
                 dataset.cached += cached;
                 dataset.pinned += pinned;
             }
-            for (id, runs) in &last.runs {
+            for (id, runs) in last.runs.iter().filter(|_| serving) {
                 let dataset = seen.datasets.entry(*id).or_default();
                 runs.iter().for_each(|run| dataset.hear_run(&member.name, run));
             }
             seen.workers.insert(member.name, last.seen.clone());
+        }
+        let (serving, _) = seen.serving();
+        for run in seen.datasets.values_mut().flat_map(|dataset| dataset.runs.values_mut()) {
+            let mut epochs = run.shares.values().filter(|share| share.listed).map(|share| share.epoch);
+            let first = epochs.next();
+            run.is_whole = run.shares.len() == serving && epochs.all(|epoch| Some(epoch) == first);
         }
         self.synced.retain(|id, _| published.contains_key(id));
         for (id, dataset) in &mut seen.datasets {
@@ -337,6 +346,15 @@ mod tests {
         let run = &seen.datasets[&id()].runs["r"];
         let done: Vec<u64> = run.shares.values().map(|share| share.done_files).collect();
         assert_eq!((done, run.errors.as_slice()), (vec![5, 4], ["worker w-1: the disk is gone".to_owned()].as_slice()));
+        assert!(run.is_whole);
+        // Started again, it knows nothing; one that is leaving does not count.
+        let seen = book.enter(vec![share("w-0", 5, ""), answer("w-1", |_, _| {})], &datasets);
+        assert!(!seen.datasets[&id()].runs["r"].is_whole);
+        let mut leaving = share("w-1", 4, "");
+        leaving.member.state = MemberState::Draining;
+        let seen = book.enter(vec![share("w-0", 5, ""), leaving], &datasets);
+        let run = &seen.datasets[&id()].runs["r"];
+        assert_eq!((run.is_whole, run.shares.len()), (true, 1));
     }
 
     #[test]
