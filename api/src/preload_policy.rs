@@ -56,6 +56,12 @@ pub struct PreloadPolicySpec {
     /// Which files are loaded. Absent: all.
     #[serde(default)]
     pub select: Select,
+    /// How they are loaded.
+    #[serde(default)]
+    pub load: Load,
+    /// How fast a run may ask the sources, over all workers together. What a reader waits for comes at once all the same.
+    #[serde(default)]
+    pub limits: Limits,
     /// What happens when a run is to start while another one is active.
     #[serde(default)]
     pub concurrency_policy: ConcurrencyPolicy,
@@ -157,12 +163,66 @@ pub struct Select {
     /// Most bytes of a file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_size: Option<Quantity>,
+    /// Only files that were modified at least so long before the run starts, such as `1h`.
+    #[schemars(length(max = 32))]
+    #[x_kube(validation = Rule::from(rules::DURATION))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_age: Option<String>,
+    /// Only files that were modified at most so long before the run starts, such as `24h`.
+    #[schemars(length(max = 32))]
+    #[x_kube(validation = Rule::from(rules::DURATION))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_age: Option<String>,
 }
 
 impl Default for Select {
     fn default() -> Self {
-        Self { path: root(), include: Vec::new(), exclude: Vec::new(), min_size: None, max_size: None }
+        Self {
+            path: root(),
+            include: Vec::new(),
+            exclude: Vec::new(),
+            min_size: None,
+            max_size: None,
+            min_age: None,
+            max_age: None,
+        }
     }
+}
+
+/// How files are loaded.
+#[derive(KubeSchema, Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Load {
+    /// Whether what is loaded is pinned: never evicted, also not after a restart, until it is unpinned. A file that cannot
+    /// be pinned, for want of room, has failed.
+    #[serde(default)]
+    pub pin: Apply,
+    /// Whether what is held is read again from the workers' disks, and loaded again where it is damaged.
+    #[serde(default)]
+    pub verify: Apply,
+}
+
+/// Whether something is done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Apply {
+    /// It is not.
+    #[default]
+    Never,
+    /// It is, to every file.
+    Always,
+}
+
+/// How fast a run may ask the sources.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Limits {
+    /// Bytes in a second, such as `500Mi`. Absent: as many as come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<Quantity>,
+    /// GET requests in a second. Absent: as many as the workers send.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requests_per_second: Option<u32>,
 }
 
 /// What happens when a run is to start while another one is active.
@@ -236,8 +296,8 @@ pub struct PreloadPolicyStatus {
     /// Value of the annotation `forebay.io/requestedAt` for which a run started.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_request: Option<String>,
-    /// What is the case, by type: `Complete` (the last run loaded everything) and `Failed` (the last run, or the policy
-    /// itself cannot work).
+    /// What is the case, by type: `Complete` (the last run loaded everything), `Failed` (the last run, or the policy itself
+    /// cannot work) and, where there is a deadline, `DeadlineAtRisk` (at its rate, or by its limits, the run will miss it).
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,

@@ -39,7 +39,9 @@ fn policy() -> Value {
         "spec": {
             "datasetRef": {"name": "imagenet"},
             "triggers": [{"datasetReady": {}}, {"schedule": {"cron": "0 5 * * 1-5", "timeZone": "Europe/Madrid"}}],
-            "select": {"path": "/train", "include": ["train/**"], "maxSize": "1Gi"},
+            "select": {"path": "/train", "include": ["train/**"], "maxSize": "1Gi", "minAge": "1h", "maxAge": "48h"},
+            "load": {"pin": "Always"},
+            "limits": {"bandwidth": "500Mi", "requestsPerSecond": 100},
             "deadline": "2h",
             "ttlAfterFinished": "1h",
         },

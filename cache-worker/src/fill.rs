@@ -4,6 +4,7 @@
 //! - [`disk`]: the only way to the chunk store's disk, which may hang.
 //! - [`run`]: one fetch of neighbouring blocks, and its way into the chunk's file.
 //! - [`peers`]: blocks from the workers that held them before, which are asked before the source.
+//! - [`pace`]: how fast a load may ask the sources.
 //! - [`reader`]: one request's view: the blocks in order, as they become valid.
 //!
 //! Invariants:
@@ -23,6 +24,7 @@
 
 mod chunk;
 mod disk;
+mod pace;
 mod peers;
 mod reader;
 mod run;
@@ -43,6 +45,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 pub(crate) use chunk::Block;
 use chunk::ChunkFill;
 pub(crate) use disk::Disk;
+pub(crate) use pace::Pace;
 pub(crate) use peers::Peers;
 pub(crate) use reader::{BlockReader, Piece, Wanted};
 
@@ -128,12 +131,23 @@ pub(crate) struct Conflict {
 }
 
 /// Which pool of source requests a fetch belongs to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub(crate) enum Class {
     /// A reader waits.
     Demand,
     /// Nobody waits: read-ahead, load.
     Background,
+    /// The same, no faster than this.
+    Paced(Arc<Pace>),
+}
+
+impl Class {
+    fn pace(&self) -> Option<Arc<Pace>> {
+        match self {
+            Self::Paced(pace) => Some(pace.clone()),
+            Self::Demand | Self::Background => None,
+        }
+    }
 }
 
 /// The source requests that one source of a dataset may have under way. Two pools, so that a load or read-ahead that

@@ -16,7 +16,10 @@ use std::{
 
 use bytes::Bytes;
 use forebay_client::{ClientError, EntryKind};
-use forebay_protocol::{BLOCK_SIZE, CHUNK_SIZE, ChunkKey, DatasetPath, FileVersion, worker::LoadProgress};
+use forebay_protocol::{
+    BLOCK_SIZE, CHUNK_SIZE, ChunkKey, DatasetPath, FileVersion,
+    worker::{self as wire, LoadProgress},
+};
 use futures::{Stream, StreamExt, stream};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
@@ -29,7 +32,8 @@ pub(crate) use self::{
 };
 use crate::{
     dataset::Dataset,
-    fill::{FillError, Wanted},
+    fill::{Class, FillError, Pace, Wanted},
+    members::Members,
     worker::Worker,
 };
 
@@ -167,13 +171,36 @@ struct Work {
     key: ChunkKey,
 }
 
-/// What is done with each chunk of the share.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Goal {
-    /// Held.
-    Load,
-    /// Held, and never evicted.
-    Pin,
+/// How each chunk of the share is loaded.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Terms {
+    /// It is pinned.
+    pub(crate) pin: bool,
+    /// It is read again afterwards.
+    pub(crate) verify: bool,
+    /// Of all workers together, in a second.
+    bytes: Option<u64>,
+    requests: Option<u64>,
+}
+
+impl Terms {
+    /// As asked for.
+    pub(crate) fn new(asked: &wire::LoadTerms) -> Self {
+        let wire::LoadTerms { pin, verify, bytes_per_second, requests_per_second } = *asked;
+        let limit = |limit| (limit > 0).then_some(limit);
+        Self { pin, verify, bytes: limit(bytes_per_second), requests: limit(requests_per_second) }
+    }
+
+    /// Pinned, and as fast as can be.
+    pub(crate) fn pinned() -> Self {
+        Self { pin: true, ..Self::default() }
+    }
+
+    /// The class of a load's fetches, of which this worker has its part of the limits.
+    fn class(&self, members: &Members) -> Class {
+        let part = |limit: Option<u64>| limit.map(|limit| limit as f64 * members.part());
+        Pace::new(part(self.bytes), part(self.requests)).map_or(Class::Background, |pace| Class::Paced(Arc::new(pace)))
+    }
 }
 
 /// Loads this worker's share of what is selected at or below `path`. Fails as a whole only when the tree cannot be listed.
@@ -182,10 +209,11 @@ pub(crate) async fn load(
     dataset: &Arc<Dataset>,
     path: &DatasetPath,
     selection: &Selection,
-    goal: Goal,
+    terms: Terms,
     progress: &Progress,
 ) -> Result<(), ClientError> {
     let epoch = worker.members.table().epoch;
+    let class = terms.class(&worker.members);
     let mut found = files(worker, dataset, path).await?;
     let (queue, queued) = mpsc::channel(AHEAD);
     let listing = async {
@@ -203,7 +231,7 @@ pub(crate) async fn load(
         Ok(())
     };
     let loading = ReceiverStream::new(queued)
-        .for_each_concurrent(AT_ONCE, |work| load_chunk(worker, dataset, work, goal, progress));
+        .for_each_concurrent(AT_ONCE, |work| load_chunk(worker, dataset, work, terms, &class, progress));
     // A tree that cannot be listed ends the load at once.
     let (listed, ()) = tokio::try_join!(listing, async {
         loading.await;
@@ -248,7 +276,14 @@ async fn list_share(worker: &Worker, dataset: &Dataset, file: Found, progress: &
     }
 }
 
-async fn load_chunk(worker: &Arc<Worker>, dataset: &Arc<Dataset>, work: Work, goal: Goal, progress: &Progress) {
+async fn load_chunk(
+    worker: &Arc<Worker>,
+    dataset: &Arc<Dataset>,
+    work: Work,
+    terms: Terms,
+    class: &Class,
+    progress: &Progress,
+) {
     let Work { share, key } = work;
     let Found { path, version } = &share.file;
     let bytes = key.len(version.size);
@@ -256,8 +291,8 @@ async fn load_chunk(worker: &Arc<Worker>, dataset: &Arc<Dataset>, work: Work, go
     let blocks = bytes.div_ceil(BLOCK_SIZE) as u32;
     let wanted =
         Wanted { dataset: dataset.clone(), path: path.clone(), version: version.clone(), key, blocks: 0..blocks };
-    let loaded = match worker.engine.load(wanted, goal == Goal::Pin).await {
-        Ok(unstored) if goal == Goal::Pin && unstored > 0 => Err(format!("{unstored} blocks could not be stored")),
+    let loaded = match hold(worker, wanted, terms, class).await {
+        Ok(unstored) if terms.pin && unstored > 0 => Err(format!("{unstored} blocks could not be stored")),
         Ok(unstored) => {
             add(&progress.bypassed_bytes, bytes.min(u64::from(unstored) * BLOCK_SIZE));
             Ok(())
@@ -275,6 +310,20 @@ async fn load_chunk(worker: &Arc<Worker>, dataset: &Arc<Dataset>, work: Work, go
     }
     if share.left.fetch_sub(1, Ordering::AcqRel) == 1 && share.counts && !share.failed.load(Ordering::Acquire) {
         add(&progress.done_files, 1);
+    }
+}
+
+/// Has a chunk held, and gives how many of its blocks could not be stored.
+async fn hold(worker: &Arc<Worker>, wanted: Wanted, terms: Terms, class: &Class) -> Result<u32, FillError> {
+    let unstored = worker.engine.load(wanted.clone(), terms.pin, class.clone()).await?;
+    if !terms.verify || unstored > 0 {
+        return Ok(unstored);
+    }
+    match worker.engine.verify(wanted.clone()).await? {
+        Some(0) => Ok(0),
+        // Damaged, or evicted meanwhile.
+        Some(_) => worker.engine.load(wanted, terms.pin, class.clone()).await,
+        None => Err(FillError::Unavailable("the cache disk does not answer".into())),
     }
 }
 

@@ -93,6 +93,16 @@ impl Members {
         self.table().members.iter().any(serves)
     }
 
+    /// The part of the data that this worker has, by the table: all of it while nobody serves.
+    pub(crate) fn part(&self) -> f64 {
+        let table = self.table();
+        let serving = || table.members.iter().filter(|member| member.state == MemberState::Serving);
+        let weight = |members: &mut dyn Iterator<Item = &Member>| members.map(|member| f64::from(member.weight)).sum();
+        let (mine, all): (f64, f64) =
+            (weight(&mut serving().filter(|member| self.is_self(member))), weight(&mut serving()));
+        if all > 0.0 { mine / all } else { 1.0 }
+    }
+
     /// All members but this one.
     pub(crate) fn others(&self) -> Vec<Member> {
         self.table().members.iter().filter(|member| !self.is_self(member)).cloned().collect()

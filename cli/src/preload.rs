@@ -19,7 +19,7 @@ use crate::{
     output,
     session::{ANSWER_DEADLINE, dataset_path},
     up::read_key,
-    verbs::SelectionArgs,
+    verbs::{SelectionArgs, TermsArgs},
 };
 
 /// How often progress is logged.
@@ -45,6 +45,8 @@ pub struct PreloadArgs {
     path: String,
     #[command(flatten)]
     selection: SelectionArgs,
+    #[command(flatten)]
+    terms: TermsArgs,
 }
 
 fn dataset_id(text: &str) -> Result<DatasetId, String> {
@@ -54,7 +56,7 @@ fn dataset_id(text: &str) -> Result<DatasetId, String> {
 
 /// Has all workers load their shares.
 pub async fn preload(args: PreloadArgs) -> anyhow::Result<ExitCode> {
-    let PreloadArgs { service, key_file, dataset, run, path, selection } = args;
+    let PreloadArgs { service, key_file, dataset, run, path, selection, terms } = args;
     let config = ClientConfig {
         name: "forebay-preload".into(),
         key: read_key(&key_file)?,
@@ -65,7 +67,8 @@ pub async fn preload(args: PreloadArgs) -> anyhow::Result<ExitCode> {
         connections_per_worker: 1,
     };
     let client = Client::of_service(config, service);
-    let request = Request { dataset, run, path: dataset_path(&path)?, selection: selection.to_wire() };
+    let request =
+        Request { dataset, run, path: dataset_path(&path)?, selection: selection.to_wire(), terms: terms.to_wire() };
     // The first process of a container is not ended by a signal that it does not ask for.
     let mut stop = signal(SignalKind::terminate())?;
     let mut logged = None;

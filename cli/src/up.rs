@@ -114,7 +114,7 @@ pub struct FuseChildArgs {
     memory_per_volume: bool,
 }
 
-fn quantity(text: &str) -> Result<u64, String> {
+pub fn quantity(text: &str) -> Result<u64, String> {
     Quantity::new(text).bytes().map_err(|error| error.to_string())
 }
 

@@ -148,7 +148,7 @@ pub async fn reconcile(policy: Arc<PreloadPolicy>, context: Arc<Context>) -> Res
         }
         let runtime = &dataset.spec.runtime_ref.name;
         let last = after.last_run.as_ref().map(|run| run.uid.as_str());
-        let start = Start { owner: &owner, spec, dataset: uid, runtime, trigger, past: &past, before: last };
+        let start = Start { owner: &owner, spec, dataset: uid, runtime, trigger, past: &past, before: last, now };
         let job = create(&context, &owner, &job::build(&start, &context.workers)).await?;
         let started = job.creation_timestamp().unwrap_or(Time(now));
         let run = Run::new(job.name_any(), job.uid().unwrap_or_default(), trigger, started);

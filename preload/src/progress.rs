@@ -2,10 +2,38 @@
 
 use std::time::Duration;
 
-use forebay_api::{Run, RunPhase};
+use forebay_api::{PreloadPolicySpec, Run, RunPhase, rules};
 use forebay_protocol::worker::LoadProgress;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
+/// How long a run is measured before its rate says when it ends.
+const MEASURED: Duration = Duration::from_secs(5);
+
+/// Why a run will miss its deadline, if that is what its limits or its rate say.
+pub fn at_risk(run: &Run, spec: &PreloadPolicySpec, now: Timestamp) -> Option<String> {
+    let deadline = Duration::from_secs(rules::seconds(spec.deadline.as_deref()?)?);
+    let total = run.total_bytes.filter(|_| !run.has_ended())?;
+    let left = deadline.saturating_sub(since(run.start_time.0, now)).as_secs();
+    let bytes = total.saturating_sub(run.bytes.unwrap_or_default());
+    let files = run.total_files.unwrap_or_default().saturating_sub(run.files.unwrap_or_default());
+    // As if nothing of it were held yet: what is counts at once, and the next look knows better.
+    let bandwidth = spec.limits.bandwidth.as_ref().and_then(|limit| limit.bytes().ok());
+    if let Some(seconds) = bandwidth.and_then(|limit| bytes.checked_div(limit)).filter(|seconds| *seconds > left) {
+        return Some(format!("{bytes} bytes take {seconds} s by spec.limits.bandwidth, and {left} s are left"));
+    }
+    // At least one request for a file.
+    let requests = spec.limits.requests_per_second.map(u64::from);
+    if let Some(seconds) = requests.and_then(|limit| files.checked_div(limit)).filter(|seconds| *seconds > left) {
+        return Some(format!("{files} files take {seconds} s by spec.limits.requestsPerSecond, and {left} s are left"));
+    }
+    let rate = run.bytes_per_second.filter(|_| since(run.start_time.0, now) >= MEASURED)?;
+    let seconds = bytes.checked_div(rate).unwrap_or(u64::MAX);
+    (seconds > left).then(|| match rate {
+        0 => format!("nothing is loaded yet, and {left} s are left for {bytes} bytes"),
+        _ => format!("{bytes} bytes take {seconds} s at {rate} bytes a second, and {left} s are left"),
+    })
+}
 
 /// Takes the sum of all shares.
 pub fn count(run: &mut Run, sum: &LoadProgress, now: Timestamp) {
@@ -46,6 +74,8 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails here")]
     use forebay_api::RunTrigger;
 
+    use serde_json::{Value, json};
+
     use super::*;
 
     fn at(second: i64) -> Timestamp {
@@ -68,5 +98,38 @@ mod tests {
         // Nothing is all of nothing.
         count(&mut run, &LoadProgress { listed: true, finished: true, ..LoadProgress::default() }, at(117));
         assert_eq!(run.percent, Some(100));
+    }
+
+    fn risk(spec: Value, run: Value, now: i64) -> Option<String> {
+        let (mut spec, mut run) = (spec, run);
+        spec["datasetRef"] = json!({"name": "d"});
+        for (field, value) in
+            [("name", "r"), ("uid", "u"), ("trigger", "Request"), ("startTime", "1970-01-01T00:01:40Z")]
+        {
+            run[field] = json!(value);
+        }
+        let (spec, run) = (serde_json::from_value(spec).unwrap(), serde_json::from_value(run).unwrap());
+        at_risk(&run, &spec, Timestamp::from_second(100 + now).unwrap())
+    }
+
+    #[test]
+    fn a_deadline_is_at_risk_by_limits_at_once_and_by_the_rate_after_a_while() {
+        let run = json!({"phase": "Running", "totalBytes": 1000, "bytes": 0, "totalFiles": 10, "bytesPerSecond": 20});
+        let bandwidth = |limit: &str| json!({"deadline": "1m", "limits": {"bandwidth": limit}});
+        assert!(risk(bandwidth("10"), run.clone(), 0).is_some_and(|why| why.contains("spec.limits.bandwidth")));
+        assert_eq!(risk(bandwidth("20"), run.clone(), 0), None);
+        assert!(risk(bandwidth("20"), run.clone(), 20).is_some());
+        let requests = json!({"deadline": "5s", "limits": {"requestsPerSecond": 1}});
+        assert!(risk(requests, run.clone(), 0).is_some_and(|why| why.contains("10 files take 10 s")));
+        // 50 s at its rate.
+        let deadline = json!({"deadline": "52s"});
+        assert_eq!((risk(deadline.clone(), run.clone(), 2), risk(json!({}), run.clone(), 2)), (None, None));
+        assert!(risk(deadline.clone(), run.clone(), 6).is_some_and(|why| why.contains("46 s are left")));
+        let mut stuck = run.clone();
+        stuck["bytesPerSecond"] = json!(0);
+        assert!(risk(deadline.clone(), stuck, 6).is_some_and(|why| why.starts_with("nothing is loaded")));
+        let mut ended = run;
+        ended["phase"] = json!("Complete");
+        assert_eq!(risk(deadline, ended, 6), None);
     }
 }

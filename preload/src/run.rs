@@ -11,7 +11,7 @@ use forebay_protocol::{
     DatasetId, DatasetPath,
     errors::chain,
     table::{MemberState, WorkerTable},
-    worker::{LoadProgress, LoadRequest, Selection},
+    worker::{LoadProgress, LoadRequest, LoadTerms, Selection},
 };
 use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use tokio::{
@@ -45,6 +45,8 @@ pub struct Request {
     pub path: DatasetPath,
     /// Which files below the path.
     pub selection: Selection,
+    /// How they are loaded.
+    pub terms: LoadTerms,
 }
 
 /// Why a run is not complete.
@@ -223,7 +225,7 @@ async fn ask<'a>(
     heard: &mpsc::Sender<(&'a str, LoadProgress)>,
     last_heard: &mut Instant,
 ) -> Result<u64, Status> {
-    let Request { dataset, run, path, selection } = request;
+    let Request { dataset, run, path, selection, terms } = request;
     let silent = |_| Status::deadline_exceeded(format!("no word for {SILENCE:?}"));
     let mut control = client.control(name).await.map_err(|error| Status::unavailable(chain(&error)))?;
     let load = LoadRequest {
@@ -232,6 +234,7 @@ async fn ask<'a>(
         selection: Some(selection.clone()),
         run: run.clone(),
         epoch,
+        terms: Some(*terms),
     };
     let mut answers = timeout(SILENCE, control.load(load)).await.map_err(silent)??.into_inner();
     while let Some(progress) = timeout(SILENCE, answers.message()).await.map_err(silent)?? {

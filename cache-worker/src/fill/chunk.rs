@@ -81,7 +81,7 @@ impl ChunkFill {
         self: &Arc<Self>,
         blocks: Range<u32>,
         chunk: Option<&Arc<Chunk>>,
-        class: Class,
+        class: &Class,
         attached: &mut [Option<Arc<Run>>],
     ) {
         let mut runs: Vec<Arc<Run>> = Vec::new();
@@ -95,9 +95,7 @@ impl ChunkFill {
                 }
                 if let Some(slot) = slots.get_mut(&block) {
                     slot.waiters += 1;
-                    if class == Class::Demand {
-                        slot.run.promote();
-                    }
+                    slot.run.join(class);
                     *place = Some(slot.run.clone());
                     continue;
                 }

@@ -21,6 +21,8 @@ const COPIED_BLOCKS: u32 = 4;
 const ATTEMPTS: u32 = 8;
 /// How long a pin may take: the store gives up after 30 s, when it cannot make room or its index cannot be written.
 const PIN_DEADLINE: Duration = Duration::from_secs(35);
+/// How long it may take to read a chunk again: at 2 MB/s.
+const VERIFY_DEADLINE: Duration = Duration::from_secs(35);
 
 /// Neighbouring blocks, at most [`MAX_DATA_BLOCKS`].
 pub(crate) enum Piece {
@@ -208,7 +210,7 @@ impl FillEngine {
 
     /// Makes blocks valid on disk and gives how many of them could not be stored. What the tier does not admit is not
     /// fetched. With `pinned`, the chunk is pinned first, so that its place is kept.
-    pub(crate) async fn load(&self, wanted: Wanted, pinned: bool) -> Result<u32, FillError> {
+    pub(crate) async fn load(&self, wanted: Wanted, pinned: bool, class: Class) -> Result<u32, FillError> {
         let (store, spec) = (self.store().clone(), wanted.spec());
         let disk = &self.inner.disk;
         let chunk = if pinned {
@@ -221,9 +223,25 @@ impl FillEngine {
             disk.call(move || store.chunk(&spec, true)).await?.flatten()
         };
         let Some(chunk) = chunk else { return Ok(wanted.count()) };
-        let mut reader = BlockReader::new(self, wanted, Class::Background, Some(chunk), VecDeque::new());
+        let mut reader = BlockReader::new(self, wanted, class, Some(chunk), VecDeque::new());
         reader.attach();
         reader.settle().await
+    }
+
+    /// Reads what is held of the blocks, and drops what is damaged: how many are not held then. `None`: the disk does not
+    /// answer.
+    pub(crate) async fn verify(&self, wanted: Wanted) -> Result<Option<u32>, FillError> {
+        let store = self.store().clone();
+        self.inner
+            .disk
+            .call_within(VERIFY_DEADLINE, move || {
+                let chunk = store.chunk(&wanted.spec(), false);
+                let count = wanted.count();
+                let Some(chunk) = chunk else { return count };
+                chunk.verify_again(wanted.blocks.start, count);
+                wanted.blocks.clone().filter(|block| !chunk.is_valid(*block)).count() as u32
+            })
+            .await
     }
 }
 
@@ -264,7 +282,7 @@ impl BlockReader {
             .clone();
         self.attached.resize((self.blocks.end - self.blocks.start) as usize, None);
         let attached = self.attached.make_contiguous();
-        fill.attach(self.blocks.clone(), self.chunk.as_ref(), self.class, attached);
+        fill.attach(self.blocks.clone(), self.chunk.as_ref(), &self.class, attached);
     }
 
     /// The next blocks; `None` at the end. Dropping the future loses nothing.

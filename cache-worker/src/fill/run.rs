@@ -18,6 +18,7 @@ use bytes::{Bytes, BytesMut};
 use forebay_cache_store::{Chunk, WriteError};
 use forebay_protocol::{BLOCK_SIZE, block_checksum};
 use futures::{StreamExt, stream};
+use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit, mpsc, oneshot},
     time::timeout,
@@ -25,7 +26,7 @@ use tokio::{
 use tracing::{debug, warn};
 
 use super::{
-    CHUNK_BLOCKS, Class, Conflict, FillError, Pools, RECHECK_WAIT, RUNS_PER_REQUEST,
+    CHUNK_BLOCKS, Class, Conflict, FillError, Pace, Pools, RECHECK_WAIT, RUNS_PER_REQUEST,
     chunk::{Block, ChunkFill},
     peers,
 };
@@ -45,6 +46,9 @@ pub(super) struct Run {
     pub(super) reconsider: Notify,
     /// A reader waits for what another request fetches, perhaps in the background.
     promoted: Notify,
+    /// How fast the request that came last may ask the source, if that was a load, and whether another one came.
+    pace: Mutex<Option<Arc<Pace>>>,
+    paced_anew: Notify,
     demand: AtomicBool,
     bypass: AtomicBool,
     /// The permit that every run has beside the budget.
@@ -53,7 +57,7 @@ pub(super) struct Run {
 }
 
 impl Run {
-    pub(super) fn new(blocks: Range<u32>, chunk: Option<Arc<Chunk>>, class: Class) -> Self {
+    pub(super) fn new(blocks: Range<u32>, chunk: Option<Arc<Chunk>>, class: &Class) -> Self {
         Self {
             blocks,
             bypass: AtomicBool::new(chunk.is_none()),
@@ -61,7 +65,9 @@ impl Run {
             changed: Notify::new(),
             reconsider: Notify::new(),
             promoted: Notify::new(),
-            demand: AtomicBool::new(class == Class::Demand),
+            pace: Mutex::new(class.pace()),
+            paced_anew: Notify::new(),
+            demand: AtomicBool::new(matches!(class, Class::Demand)),
             minimum: Arc::new(Semaphore::new(1)),
             outcome: OnceLock::new(),
         }
@@ -81,11 +87,19 @@ impl Run {
         self.bypass.store(true, Ordering::Relaxed);
     }
 
-    /// A reader waits for it now, besides the request that began it.
-    pub(super) fn promote(&self) {
-        self.demand.store(true, Ordering::Relaxed);
+    /// Another request waits for it now, besides the one that began it, which may end before it does.
+    pub(super) fn join(&self, class: &Class) {
         // One permit is kept for a waiter that comes later, so this is not lost.
-        self.promoted.notify_one();
+        match class {
+            Class::Demand => {
+                self.demand.store(true, Ordering::Relaxed);
+                self.promoted.notify_one();
+            }
+            Class::Background | Class::Paced(_) => {
+                *self.pace.lock() = class.pace();
+                self.paced_anew.notify_one();
+            }
+        }
     }
 
     /// Waits for its turn among the runs of its request. A run that somebody else waits for has it at once: who asked
@@ -94,6 +108,31 @@ impl Run {
         tokio::select! {
             place = places.acquire() => place.ok(),
             () = self.promoted.notified() => None,
+        }
+    }
+
+    /// Waits until so many bytes may be asked for, by the pace of the load that it belongs to, or until a reader waits for
+    /// it. `false`: nobody waits for it any more.
+    async fn keep_pace(self: &Arc<Self>, fill: &ChunkFill, bytes: u64) -> bool {
+        loop {
+            let Some(pace) = self.pace.lock().clone() else { return true };
+            if self.demand.load(Ordering::Relaxed) {
+                return true;
+            }
+            let given_up = async {
+                loop {
+                    self.reconsider.notified().await;
+                    if fill.give_up(self) {
+                        return;
+                    }
+                }
+            };
+            tokio::select! {
+                () = pace.wait(bytes) => return true,
+                () = self.promoted.notified() => return true,
+                () = self.paced_anew.notified() => {}
+                () = given_up => return false,
+            }
         }
     }
 
@@ -242,13 +281,16 @@ async fn receive(
     queue: &mpsc::Sender<(u32, Block)>,
 ) -> Result<Option<OwnedSemaphorePermit>, FillError> {
     let dataset = &fill.dataset;
+    let start = offset_of(fill.key.index, blocks.start);
+    let end = fill.version.size.min(offset_of(fill.key.index, blocks.end));
+    if !run.keep_pace(fill, end - start).await {
+        return Ok(None);
+    }
     let turn = run.turn(pools).await?;
     // The wait may have been long.
     if fill.give_up(run) {
         return Ok(None);
     }
-    let start = offset_of(fill.key.index, blocks.start);
-    let end = fill.version.size.min(offset_of(fill.key.index, blocks.end));
     let mut body = dataset.get(&fill.path, &fill.version, start..end).await?.ok_or_else(|| nowhere(fill))?;
     let mut left = end - start;
     let mut pending = Bytes::new();

@@ -24,7 +24,7 @@ use tonic::{Request, Response, Status, async_trait};
 use super::{Answers, dataset_of, to_status, within};
 use crate::{
     dataset::Dataset,
-    load::{self, Found, Goal, Progress, Runs, Selection, TICK, WantedRun, path_of},
+    load::{self, Found, Progress, Runs, Selection, TICK, Terms, WantedRun, path_of},
     notices, scan,
     worker::Worker,
 };
@@ -115,17 +115,18 @@ impl Control for ControlService {
     type LoadStream = Answers<LoadProgress>;
 
     async fn load(&self, request: Request<LoadRequest>) -> Result<Response<Self::LoadStream>, Status> {
-        let LoadRequest { dataset, path, selection, run, epoch } = request.into_inner();
+        let LoadRequest { dataset, path, selection, run, epoch, terms } = request.into_inner();
         let dataset = self.dataset(&dataset)?;
         let path = path_of(path)?;
         let selection = Selection::new(&selection.unwrap_or_default())?;
+        let terms = Terms::new(&terms.unwrap_or_default());
         if !run.is_empty() {
-            let follower = Runs::follow(&self.worker, &dataset, WantedRun { run, epoch, path, selection })?;
+            let follower = Runs::follow(&self.worker, &dataset, WantedRun { run, epoch, path, selection, terms })?;
             let progress = follower.progress();
             return Ok(self.stream(&dataset, progress, |_, _, _| async move { follower.ended().await }));
         }
         Ok(self.stream(&dataset, Arc::default(), |worker, dataset, progress| async move {
-            let loaded = load::load(&worker, &dataset, &path, &selection, Goal::Load, &progress).await;
+            let loaded = load::load(&worker, &dataset, &path, &selection, terms, &progress).await;
             loaded.map_err(load::to_status)
         }))
     }
@@ -190,7 +191,7 @@ impl Control for ControlService {
             .await?
             .map_err(|refused| Status::failed_precondition(refused.to_string()))?;
         Ok(self.stream(&dataset, Arc::default(), |worker, dataset, progress| async move {
-            let loaded = load::load(&worker, &dataset, &path, &Selection::default(), Goal::Pin, &progress).await;
+            let loaded = load::load(&worker, &dataset, &path, &Selection::default(), Terms::pinned(), &progress).await;
             loaded.map_err(load::to_status)
         }))
     }

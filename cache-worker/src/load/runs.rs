@@ -22,7 +22,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use super::{Goal, Progress, Selection, load, to_status};
+use super::{Progress, Selection, Terms, load, to_status};
 use crate::{dataset::Dataset, worker::Worker};
 
 /// Longest name of a run, in bytes: a UID has 36.
@@ -43,6 +43,7 @@ pub(crate) struct Wanted {
     pub(crate) epoch: u64,
     pub(crate) path: DatasetPath,
     pub(crate) selection: Selection,
+    pub(crate) terms: Terms,
 }
 
 /// A run, while it is known.
@@ -160,7 +161,7 @@ impl Runs {
 }
 
 async fn carry_out(worker: Arc<Worker>, dataset: Arc<Dataset>, run: Arc<Run>, wanted: Wanted) {
-    let Wanted { run: _, epoch, path, selection } = wanted;
+    let Wanted { run: _, epoch, path, selection, terms } = wanted;
     let work = async {
         let known = timeout(TABLE, async {
             let mut look = interval(LOOK);
@@ -169,7 +170,7 @@ async fn carry_out(worker: Arc<Worker>, dataset: Arc<Dataset>, run: Arc<Run>, wa
             }
         });
         known.await.map_err(|_| Status::unavailable(format!("table {epoch} is not known here yet")))?;
-        load(&worker, &dataset, &path, &selection, Goal::Load, &run.progress).await.map_err(to_status)
+        load(&worker, &dataset, &path, &selection, terms, &run.progress).await.map_err(to_status)
     };
     let ended = tokio::select! {
         ended = work => ended,

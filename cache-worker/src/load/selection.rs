@@ -1,6 +1,6 @@
 //! Which files of a tree are loaded.
 
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 
 use forebay_protocol::worker as wire;
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
@@ -21,25 +21,28 @@ pub(crate) struct Selection {
     include: Option<GlobSet>,
     exclude: GlobSet,
     sizes: RangeInclusive<u64>,
+    /// Nanoseconds since 1970.
+    modified: Range<i64>,
 }
 
 impl Default for Selection {
     fn default() -> Self {
-        Self { include: None, exclude: GlobSet::empty(), sizes: 0..=u64::MAX }
+        Self { include: None, exclude: GlobSet::empty(), sizes: 0..=u64::MAX, modified: i64::MIN..i64::MAX }
     }
 }
 
 impl Selection {
     /// As asked for. `INVALID_ARGUMENT`, which names the pattern, when it cannot be understood.
     pub(crate) fn new(asked: &wire::Selection) -> Result<Self, Status> {
-        let wire::Selection { include, exclude, min_size, max_size } = asked;
+        let wire::Selection { include, exclude, min_size, max_size, modified_after_ns, modified_before_ns } = asked;
         let max_size = max_size.unwrap_or(u64::MAX);
         if *min_size > max_size {
             let why = format!("no file has at least {min_size} and at most {max_size} bytes");
             return Err(Status::invalid_argument(why));
         }
+        let modified = modified_after_ns.unwrap_or(i64::MIN)..modified_before_ns.unwrap_or(i64::MAX);
         let include = if include.is_empty() { None } else { Some(globs("include", include)?) };
-        Ok(Self { include, exclude: globs("exclude", exclude)?, sizes: *min_size..=max_size })
+        Ok(Self { include, exclude: globs("exclude", exclude)?, sizes: *min_size..=max_size, modified })
     }
 
     /// Whether a file is loaded.
@@ -48,6 +51,7 @@ impl Selection {
         let path = file.path.as_bytes();
         let path = OsStr::from_bytes(path.strip_prefix(b"/").unwrap_or(path));
         self.sizes.contains(&file.version.size)
+            && self.modified.contains(&file.version.mtime_ns)
             && self.include.as_ref().is_none_or(|include| include.is_match(path))
             && !self.exclude.is_match(path)
     }
@@ -113,6 +117,19 @@ mod tests {
         assert_eq!(held, [10, 20]);
         assert!(Selection::new(&sizes(0, Some(0))).unwrap().holds(&file(b"/f", 0)));
         assert!(Selection::new(&sizes(2, Some(1))).is_err());
+    }
+
+    #[test]
+    fn times_are_bounds() {
+        let times = |modified_after_ns, modified_before_ns| {
+            let asked = wire::Selection { modified_after_ns, modified_before_ns, ..Default::default() };
+            let selection = Selection::new(&asked).unwrap();
+            let at = |mtime_ns| Found { version: FileVersion { mtime_ns, ..file(b"/f", 1).version }, ..file(b"/f", 1) };
+            [-5, 9, 10, 19, 20].into_iter().filter(|time| selection.holds(&at(*time))).collect::<Vec<i64>>()
+        };
+        assert_eq!(times(None, None), [-5, 9, 10, 19, 20]);
+        assert_eq!(times(Some(10), Some(20)), [10, 19]);
+        assert_eq!((times(None, Some(10)), times(Some(20), None)), (vec![-5, 9], vec![20]));
     }
 
     #[test]

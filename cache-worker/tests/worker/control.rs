@@ -125,6 +125,7 @@ async fn a_load_takes_what_is_selected_and_no_more() {
         exclude: vec!["**/*.tmp".into(), "train/1/28".into()],
         min_size: 14_000,
         max_size: Some(32_000),
+        ..Selection::default()
     };
     let mut sum = LoadProgress::default();
     for worker in 0..2 {

@@ -14,4 +14,5 @@ mod restarts;
 mod runs;
 mod sources;
 mod sync;
+mod terms;
 mod wiping;

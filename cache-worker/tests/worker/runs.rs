@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use forebay_preload::run::{self, Request, RunError};
-use forebay_protocol::worker::{LoadProgress, LoadRequest, LoadRun, Selection};
+use forebay_protocol::worker::{LoadProgress, LoadRequest, LoadRun, LoadTerms, Selection};
 use forebay_test_store::{Action, Fault, Verb};
 use futures::StreamExt;
 use parking_lot::Mutex;
@@ -26,7 +26,13 @@ async fn fill(cluster: &Cluster) -> u64 {
 }
 
 fn request(cluster: &Cluster, run: &str) -> Request {
-    Request { dataset: cluster.id, run: run.to_owned(), path: path("/"), selection: Selection::default() }
+    Request {
+        dataset: cluster.id,
+        run: run.to_owned(),
+        path: path("/"),
+        selection: Selection::default(),
+        terms: LoadTerms::default(),
+    }
 }
 
 async fn run_of(cluster: &Cluster, worker: usize, name: &str) -> Option<LoadRun> {

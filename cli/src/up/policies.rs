@@ -7,20 +7,18 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use forebay_api::{
-    ConcurrencyPolicy, PreloadPolicySpec, Run, RunPhase, RunTrigger, Select,
+    ConcurrencyPolicy, PreloadPolicySpec, Run, RunPhase, RunTrigger,
     manifest::{Manifest, ValidatedPolicy},
     rules,
 };
 use forebay_client::Client;
 use forebay_preload::{
+    asked,
     due::{self, Due, Past, Present},
     progress::{count, end, since},
     run::{self, Request},
 };
-use forebay_protocol::{
-    DatasetId,
-    worker::{ScanState, Selection},
-};
+use forebay_protocol::{DatasetId, worker::ScanState};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use parking_lot::Mutex;
@@ -197,16 +195,10 @@ impl Runner {
     }
 
     async fn tries(&self, name: &str) -> Result<(), String> {
-        let Select { path, include, exclude, min_size, max_size } = self.spec().select.clone();
-        let bytes = |size: forebay_api::Quantity| size.bytes().map_err(|error| error.to_string());
-        let selection = Selection {
-            include,
-            exclude,
-            min_size: min_size.map(bytes).transpose()?.unwrap_or_default(),
-            max_size: max_size.map(bytes).transpose()?,
-        };
-        let path = dataset_path(&path).map_err(|error| format!("{error:#}"))?;
-        let request = Request { dataset: self.dataset, run: name.to_owned(), path, selection };
+        let selection = asked::selection(self.spec(), Timestamp::now()).map_err(|error| error.to_string())?;
+        let terms = asked::terms(self.spec()).map_err(|error| error.to_string())?;
+        let path = dataset_path(&self.spec().select.path).map_err(|error| format!("{error:#}"))?;
+        let request = Request { dataset: self.dataset, run: name.to_owned(), path, selection, terms };
         let mut left = self.spec().backoff_limit;
         loop {
             let tell = |sum: &forebay_protocol::worker::LoadProgress| {

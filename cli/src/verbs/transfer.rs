@@ -4,15 +4,19 @@ use std::{collections::BTreeMap, process::ExitCode};
 
 use anyhow::{Context, bail};
 use clap::Args;
-use forebay_preload::run::sum;
+use forebay_preload::{asked::nanoseconds, run::sum};
 use forebay_protocol::{
     DatasetPath,
     identity::directory_placement_key,
     placement::Placement,
-    worker::{FreeRequest, LoadProgress, LoadRequest, PinRequest, RefreshRequest, ScanProgress, ScanState, Selection},
+    worker::{
+        FreeRequest, LoadProgress, LoadRequest, LoadTerms, PinRequest, RefreshRequest, ScanProgress, ScanState,
+        Selection,
+    },
 };
 use futures::{StreamExt as _, future::join_all, stream};
 use indicatif::{ProgressBar, ProgressStyle};
+use jiff::Timestamp;
 use serde_json::json;
 use tonic::Streaming;
 
@@ -20,7 +24,7 @@ use crate::{
     args::{Global, Output},
     output,
     session::{DatasetSession, Session, dataset_path, explain, member_control},
-    up::quantity_or_none,
+    up::{quantity, quantity_or_none},
 };
 
 /// A Dataset and a path in it.
@@ -40,6 +44,8 @@ pub struct LoadArgs {
     at: PathArgs,
     #[command(flatten)]
     selection: SelectionArgs,
+    #[command(flatten)]
+    terms: TermsArgs,
 }
 
 /// Which files below a path.
@@ -57,13 +63,51 @@ pub struct SelectionArgs {
     /// Only files of at most so many bytes
     #[arg(long, value_parser = quantity_or_none, value_name = "QUANTITY")]
     max_size: Option<u64>,
+    /// Only files that were not modified before, as 2026-01-31T08:00:00Z
+    #[arg(long, value_name = "TIME")]
+    modified_after: Option<Timestamp>,
+    /// Only files that were modified before
+    #[arg(long, value_name = "TIME")]
+    modified_before: Option<Timestamp>,
 }
 
 impl SelectionArgs {
     /// As workers are told.
     pub fn to_wire(&self) -> Selection {
-        let Self { include, exclude, min_size, max_size } = self.clone();
-        Selection { include, exclude, min_size, max_size }
+        let Self { include, exclude, min_size, max_size, modified_after, modified_before } = self.clone();
+        let (modified_after_ns, modified_before_ns) =
+            (modified_after.map(nanoseconds), modified_before.map(nanoseconds));
+        Selection { include, exclude, min_size, max_size, modified_after_ns, modified_before_ns }
+    }
+}
+
+/// How files are loaded.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct TermsArgs {
+    /// Pin what is loaded: it is never evicted
+    #[arg(long)]
+    pin: bool,
+    /// Read what is held again, and load again what is damaged
+    #[arg(long)]
+    verify: bool,
+    /// Bytes that all workers together ask the sources for in a second, at most
+    #[arg(long, value_parser = quantity, value_name = "QUANTITY")]
+    bandwidth: Option<u64>,
+    /// GET requests that they send in a second, at most
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..), value_name = "COUNT")]
+    requests_per_second: Option<u64>,
+}
+
+impl TermsArgs {
+    /// As workers are told.
+    pub fn to_wire(self) -> LoadTerms {
+        let Self { pin, verify, bandwidth, requests_per_second } = self;
+        LoadTerms {
+            pin,
+            verify,
+            bytes_per_second: bandwidth.unwrap_or_default(),
+            requests_per_second: requests_per_second.unwrap_or_default(),
+        }
     }
 }
 
@@ -79,13 +123,14 @@ pub struct PinArgs {
 
 /// Loads every worker's share.
 pub async fn load(global: Global, args: LoadArgs) -> anyhow::Result<ExitCode> {
-    let LoadArgs { at, selection } = args;
+    let LoadArgs { at, selection, terms } = args;
     let session = Session::open(&global)?.dataset(&at.dataset)?;
     let path = dataset_path(&at.path)?;
     let request = LoadRequest {
         dataset: session.record.id.to_bytes(),
         path: path.to_bytes(),
         selection: Some(selection.to_wire()),
+        terms: Some(terms.to_wire()),
         ..LoadRequest::default()
     };
     let streams = ask_all(&session, |mut control| {

@@ -107,11 +107,10 @@ pub fn preloads_start_by_each_trigger(env: &Env, ns: &str) -> TestResult {
 pub fn a_preload_outlives_who_drives_it(env: &Env, ns: &str) -> TestResult {
     let files = data::small(1_500, 10);
     env.store.fill(ns, &files)?;
-    // So slow that there is something to meet.
-    let runtime = manifests::runtime("cache", 2, "1Gi")
-        .replace("  tiers:", "  template: {spec: {resources: {limits: {cpu: 100m}}}}\n  tiers:");
+    let runtime = manifests::runtime("cache", 2, "1Gi");
     let dataset = manifests::dataset("data", "cache", &manifests::source("/", ns, &env.store.url));
-    let policy = preload_policy("all", "triggers: [{datasetReady: {}}]");
+    // So slow that there is something to meet.
+    let policy = preload_policy("all", "triggers: [{datasetReady: {}}]\n  limits: {requestsPerSecond: 50}");
     env.kubectl.apply(ns, &(runtime + &manifests::secret(SECRET_KEY) + &dataset + &policy))?;
     let loaded = |least: usize| {
         eventually(&format!("{least} files are loaded"), RUN, || {

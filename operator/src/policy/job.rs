@@ -1,13 +1,14 @@
 //! The Job of a run. Pure.
 
-use forebay_api::{PreloadPolicy, PreloadPolicySpec, RunTrigger, Select, rules, service_address};
-use forebay_preload::due::Past;
+use forebay_api::{Apply, Limits, PreloadPolicy, PreloadPolicySpec, RunTrigger, Select, rules, service_address};
+use forebay_preload::{asked, due::Past};
 use k8s_openapi::{
     api::{
         batch::v1::{Job, JobSpec},
         core::v1::{Container, EnvVar, PodSpec, PodTemplateSpec, ResourceRequirements},
     },
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
+    jiff::Timestamp,
 };
 use sha2::{Digest as _, Sha256};
 
@@ -37,6 +38,7 @@ pub struct Start<'a> {
     pub past: &'a Past,
     /// UID of the Job of the run before it.
     pub before: Option<&'a str>,
+    pub now: Timestamp,
 }
 
 impl Start<'_> {
@@ -91,7 +93,9 @@ pub fn build(start: &Start<'_>, workers: &WorkerArgs) -> Job {
 }
 
 fn container(start: &Start<'_>, workers: &WorkerArgs) -> Container {
-    let Select { path, include, exclude, min_size, max_size } = &start.spec.select;
+    let Select { path, include, exclude, min_size, max_size, min_age, max_age } = &start.spec.select;
+    let Limits { bandwidth, requests_per_second } = &start.spec.limits;
+    let modified = |age: &Option<String>| asked::modified(start.now, age.as_deref()?);
     // Kubernetes replaces $(VARIABLE) in arguments.
     let plain = |text: &str| text.replace('$', "$$");
     let mut args = vec![
@@ -106,6 +110,12 @@ fn container(start: &Start<'_>, workers: &WorkerArgs) -> Container {
     args.extend(exclude.iter().map(|glob| format!("--exclude={}", plain(glob))));
     args.extend(min_size.iter().map(|size| format!("--min-size={}", size.as_str())));
     args.extend(max_size.iter().map(|size| format!("--max-size={}", size.as_str())));
+    args.extend(modified(max_age).map(|time| format!("--modified-after={time}")));
+    args.extend(modified(min_age).map(|time| format!("--modified-before={time}")));
+    args.extend((start.spec.load.pin == Apply::Always).then(|| "--pin".to_owned()));
+    args.extend((start.spec.load.verify == Apply::Always).then(|| "--verify".to_owned()));
+    args.extend(bandwidth.iter().map(|bytes| format!("--bandwidth={}", bytes.as_str())));
+    args.extend(requests_per_second.iter().map(|count| format!("--requests-per-second={count}")));
     Container {
         name: "preload".into(),
         image: Some(workers.image.clone()),
@@ -146,6 +156,7 @@ mod tests {
             trigger,
             past: &past,
             before: None,
+            now: Timestamp::from_second(100_000).unwrap(),
         };
         let workers = WorkerArgs { image: "forebay:1".into(), ..WorkerArgs::default() };
         serde_json::to_value(build(&start, &workers)).unwrap()
@@ -157,7 +168,9 @@ mod tests {
             "before-work",
             json!({
                 "datasetRef": {"name": "imagenet"},
-                "select": {"path": "/train", "include": ["**/$(HOME) x:y.jpg"], "maxSize": "1Gi"},
+                "select": {"path": "/train", "include": ["**/$(HOME) x:y.jpg"], "maxSize": "1Gi", "maxAge": "1h"},
+                "load": {"pin": "Always"},
+                "limits": {"bandwidth": "5Mi", "requestsPerSecond": 40},
                 "deadline": "2h",
                 "backoffLimit": 5,
                 "ttlAfterFinished": "30m",
@@ -177,6 +190,10 @@ mod tests {
             "--path=/train",
             "--include=**/$$(HOME) x:y.jpg",
             "--max-size=1Gi",
+            "--modified-after=1970-01-02T02:46:40Z",
+            "--pin",
+            "--bandwidth=5Mi",
+            "--requests-per-second=40",
         ] {
             assert!(args.as_array().unwrap().contains(&json!(expected)), "{expected} in {args}");
         }
@@ -198,6 +215,12 @@ mod tests {
                 "spec.select.exclude" => edited["select"] = json!({"exclude": ["b"]}),
                 "spec.select.minSize" => edited["select"] = json!({"minSize": "1Ki"}),
                 "spec.select.maxSize" => edited["select"] = json!({"maxSize": "1Ki"}),
+                "spec.select.minAge" => edited["select"] = json!({"minAge": "1h"}),
+                "spec.select.maxAge" => edited["select"] = json!({"maxAge": "1h"}),
+                "spec.load.pin" => edited["load"] = json!({"pin": "Always"}),
+                "spec.load.verify" => edited["load"] = json!({"verify": "Always"}),
+                "spec.limits.bandwidth" => edited["limits"] = json!({"bandwidth": "1Mi"}),
+                "spec.limits.requestsPerSecond" => edited["limits"] = json!({"requestsPerSecond": 5}),
                 "spec.deadline" => edited["deadline"] = json!("2h"),
                 "spec.backoffLimit" => edited["backoffLimit"] = json!(7),
                 "spec.ttlAfterFinished" => edited["ttlAfterFinished"] = json!("2h"),
@@ -206,7 +229,7 @@ mod tests {
             assert_ne!(built("a", edited, "1"), before, "{}", row.field);
             count += 1;
         }
-        assert_eq!(count, 8);
+        assert_eq!(count, 14);
     }
 
     #[test]

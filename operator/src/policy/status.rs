@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use forebay_api::{API_VERSION, PreloadPolicy, PreloadPolicyStatus, Run, RunPhase, calendar::CalendarError};
+use forebay_api::{
+    API_VERSION, PreloadPolicy, PreloadPolicySpec, PreloadPolicyStatus, Run, RunPhase, calendar::CalendarError,
+};
+use forebay_preload::progress::at_risk;
 use k8s_openapi::jiff::Timestamp;
 use kube::{
     Api, Resource as _, ResourceExt as _,
@@ -21,6 +24,8 @@ use crate::{
 const COMPLETE: &str = "Complete";
 /// The last run did not, or none can start.
 const FAILED: &str = "Failed";
+/// The last run will miss its deadline.
+const DEADLINE_AT_RISK: &str = "DeadlineAtRisk";
 /// How long numbers of a run rest.
 const NUMBERS: Duration = Duration::from_secs(5);
 
@@ -75,6 +80,19 @@ fn findings(run: Option<&Run>, trouble: Option<&Trouble>) -> [Finding; 2] {
     }
 }
 
+/// Whether the last run keeps its deadline; nothing where there is none.
+fn deadline(spec: &PreloadPolicySpec, run: Option<&Run>, now: Timestamp) -> Option<Finding> {
+    spec.deadline.as_ref()?;
+    let finding = |risk, reason: &str, message: String| Some(Finding::new(DEADLINE_AT_RISK, risk, reason, message));
+    let Some(run) = run.filter(|run| !run.has_ended()) else {
+        return finding(false, "NoRun", "no run is under way".into());
+    };
+    match at_risk(run, spec, now) {
+        Some(why) => finding(true, "TooSlow", format!("run {}: {why}", run.name)),
+        None => finding(false, "InTime", format!("run {} has its time", run.name)),
+    }
+}
+
 /// Writes what changed.
 pub async fn publish(
     context: &Context,
@@ -84,7 +102,8 @@ pub async fn publish(
     trouble: Option<&Trouble>,
     now: Timestamp,
 ) -> Result<(), CallError> {
-    let findings = findings(after.last_run.as_ref(), trouble);
+    let mut findings = findings(after.last_run.as_ref(), trouble).to_vec();
+    findings.extend(deadline(&policy.spec, after.last_run.as_ref(), now));
     after.conditions = conditions::merge(&before.conditions, &findings, after.observed_generation, now);
     if after == *before {
         return Ok(());
@@ -121,6 +140,9 @@ fn without_numbers(status: &PreloadPolicyStatus) -> PreloadPolicyStatus {
         (run.files, run.bytes, run.percent) = (None, None, None);
         (run.total_files, run.total_bytes) = (known, known);
         (run.bytes_per_second, run.eta_time) = (None, None);
+    }
+    for risk in status.conditions.iter_mut().filter(|condition| condition.type_ == DEADLINE_AT_RISK) {
+        risk.message.clear();
     }
     status
 }
