@@ -199,6 +199,19 @@ pub struct Cache {
     /// Most bytes of this dataset on all workers together. Absent: as much as their disks hold.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quota: Option<Quantity>,
+    /// How long workers hold what nobody reads, such as `72h`. What is pinned stays, and nothing is deleted at the sources.
+    /// Absent: as long as there is room for it.
+    #[schemars(length(max = 32))]
+    #[x_kube(validation = Rule::from(rules::DURATION))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttl: Option<String>,
+}
+
+impl Cache {
+    /// The lifetime of what nobody reads; `None`: there is none.
+    pub fn ttl(&self) -> Option<Duration> {
+        Some(Duration::from_secs(rules::seconds(self.ttl.as_deref()?)?.max(1)))
+    }
 }
 
 /// How a dataset is mounted.

@@ -89,6 +89,11 @@ pub const EDITS: &[Edit] = &[
         "spec.cache.quota",
         "Live: more is stored, or what is above the new quota is dropped from the workers' disks.",
     ),
+    takes(
+        DATASET,
+        "spec.cache.ttl",
+        "Live: what nobody read for so long is dropped; after an edit as after a restart it has its time.",
+    ),
     takes(DATASET, "spec.volume.shape", "Where it is mounted from now on; a mount keeps its shape."),
     refused(POLICY, "spec.datasetRef.name"),
     takes(

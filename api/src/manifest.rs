@@ -110,6 +110,8 @@ pub struct ValidatedDataset {
     pub policy: Policy,
     /// Most bytes on all workers together.
     pub quota_bytes: Option<u64>,
+    /// How long what nobody reads is held.
+    pub ttl: Option<Duration>,
     /// What its mount is made for.
     pub shape: VolumeShape,
     /// How soon what changes at a source is to be seen; `None`: when somebody asks for it.

@@ -156,6 +156,11 @@ impl Catalog {
         Tick::new(self.order.fetch_add(1, Ordering::Relaxed))
     }
 
+    /// What the next one will tell.
+    pub(crate) fn uses(&self) -> u64 {
+        self.order.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn get(&self, name: Name) -> Option<Entry> {
         self.shard(name).lock().entries.get(&name).copied()
     }

@@ -1,7 +1,7 @@
 //! Making room, off the read path.
 //!
 //! One thread. Superseded chunks go first (after a grace for those who still read the old version, at once under
-//! pressure), then those of forgotten datasets, then what the policies give: for a dataset above its quota, and above
+//! pressure), then those of forgotten datasets and those that nobody used for the lifetime of their dataset ([`crate::expiry`]), then what the policies give: for a dataset above its quota, and above
 //! the high watermark down to the low one. Pinned chunks go only with their dataset. The same thread watches the
 //! directory and the free space.
 //!
@@ -104,6 +104,7 @@ pub(crate) enum Why {
     Superseded,
     Forgotten,
     Victim,
+    Expired,
     Asked,
 }
 
@@ -143,7 +144,7 @@ impl Shared {
         match why {
             Why::Forgotten if !forgotten => return Outcome::Kept,
             Why::Superseded if !entry.has(SUPERSEDED) => return Outcome::Kept,
-            Why::Superseded | Why::Victim | Why::Asked if entry.has(PINNED) => return Outcome::Pinned,
+            Why::Superseded | Why::Victim | Why::Expired | Why::Asked if entry.has(PINNED) => return Outcome::Pinned,
             _ => {}
         }
         if let Err(error) = root.unlink_chunk(name.into()) {
@@ -153,13 +154,14 @@ impl Shared {
         // The stripe is held: it is the entry that was judged, perhaps grown. Removal is never refused.
         let gone = self.catalog.apply(name, false, |_| None).ok().flatten().unwrap_or(entry);
         self.detach(name);
-        if matches!(why, Why::Superseded | Why::Victim) {
-            self.catalog.ledger(|ledger| {
-                if let Some(account) = ledger.account(gone.slot) {
-                    account.evicted_bytes += u64::from(gone.data);
-                }
-            });
-        }
+        self.catalog.ledger(|ledger| {
+            let Some(account) = ledger.account(gone.slot) else { return };
+            match why {
+                Why::Superseded | Why::Victim => account.evicted_bytes += u64::from(gone.data),
+                Why::Expired => account.expired_bytes += u64::from(gone.data),
+                Why::Forgotten | Why::Asked => {}
+            }
+        });
         Outcome::Gone(u64::from(gone.data))
     }
 
@@ -212,7 +214,7 @@ impl Shared {
     }
 
     /// Whether somebody has this open chunk, beside who asks and what keeps files open.
-    fn in_use(&self, name: Name, chunk: &Arc<Chunk>) -> bool {
+    pub(crate) fn in_use(&self, name: Name, chunk: &Arc<Chunk>) -> bool {
         let kept = self.open.peek(&name).is_some_and(|kept| Arc::ptr_eq(&kept, chunk));
         Arc::strong_count(chunk) > 1 + usize::from(kept)
     }
@@ -229,6 +231,7 @@ impl Shared {
         };
         self.drop_superseded(pressure);
         self.drop_forgotten();
+        self.expire(Instant::now());
         while !self.stopping() && self.enforce() > 0 {}
         for (slot, (bytes, name)) in asked {
             self.give_way(slot, bytes, name);

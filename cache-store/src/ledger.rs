@@ -8,10 +8,12 @@
 //! here are the sums over the entries. A change that adds bytes passes the limits or does not happen.
 
 use std::collections::{BTreeSet, HashMap};
+use std::time::Duration;
 
 use forebay_protocol::DatasetId;
 
 use crate::error::{PinRefused, Refusal};
+use crate::expiry::Ages;
 use crate::policy::Policy;
 
 /// What one chunk contributes.
@@ -35,6 +37,8 @@ pub struct DatasetPolicy {
     pub policy: Policy,
     /// Bytes on disk that it may take; `None` for no limit but the tier's.
     pub quota: Option<u64>,
+    /// How long a chunk stays that nobody uses; `None`: as long as there is room for it.
+    pub ttl: Option<Duration>,
 }
 
 #[derive(Clone, Debug)]
@@ -47,7 +51,9 @@ pub(crate) struct Account {
     pub(crate) sum: Charge,
     /// Where the policy's hand is: the order of admission of the chunk that went last.
     pub(crate) hand: u64,
+    pub(crate) ages: Ages,
     pub(crate) evicted_bytes: u64,
+    pub(crate) expired_bytes: u64,
     pub(crate) bypassed: u64,
     pub(crate) corrupt_blocks: u64,
 }
@@ -108,7 +114,9 @@ impl Ledger {
                 terms: DatasetPolicy::default(),
                 sum: Charge::default(),
                 hand: 0,
+                ages: Ages::default(),
                 evicted_bytes: 0,
+                expired_bytes: 0,
                 bypassed: 0,
                 corrupt_blocks: 0,
             });

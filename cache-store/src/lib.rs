@@ -20,6 +20,7 @@ mod chunk;
 mod disk;
 mod error;
 mod evictor;
+mod expiry;
 mod files;
 mod index;
 mod ledger;

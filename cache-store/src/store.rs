@@ -65,6 +65,8 @@ pub struct DatasetUsage {
     pub quota: Option<u64>,
     /// Bytes of blocks that were evicted since the start.
     pub evicted_bytes: u64,
+    /// Bytes dropped because nobody used them.
+    pub expired_bytes: u64,
     /// Chunks and writes that were not admitted since the start.
     pub bypassed: u64,
     /// Blocks found damaged since the start.
@@ -279,9 +281,11 @@ impl ChunkStore {
                     served: _,
                     forgotten: _,
                     hand: _,
+                    ages: _,
                     terms,
                     sum,
                     evicted_bytes,
+                    expired_bytes,
                     bypassed,
                     corrupt_blocks,
                 } = account.clone();
@@ -292,6 +296,7 @@ impl ChunkStore {
                     chunks: sum.chunks,
                     quota: terms.quota,
                     evicted_bytes,
+                    expired_bytes,
                     bypassed,
                     corrupt_blocks,
                 }

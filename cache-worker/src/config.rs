@@ -120,6 +120,9 @@ pub struct DatasetConfig {
     /// Bytes that this worker may hold of it; `None`: what fits.
     #[serde(default)]
     pub quota: Option<u64>,
+    /// How long what nobody reads is held; `None`: as long as there is room for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttl: Option<Duration>,
     /// What its mounts are made for. Daemons ask for it.
     #[serde(default)]
     pub shape: VolumeShape,

@@ -295,6 +295,7 @@ impl Dataset {
         set(&m.store_errors, requests.errors);
         set(&m.store_bytes, requests.bytes);
         set(&m.evicted_bytes, usage.evicted_bytes);
+        set(&m.expired_bytes, usage.expired_bytes);
         set(&m.corrupt_blocks, usage.corrupt_blocks);
         level(&m.cached_bytes, usage.cached_bytes);
         level(&m.pinned_bytes, usage.pinned_bytes);

@@ -110,6 +110,7 @@ by_dataset! {
     version_conflicts: Counter = "version_conflicts", "Fetches that met another version than the one asked for";
     fill_errors: Counter = "fill_errors", "Fetches that failed for good, version conflicts apart";
     evicted_bytes: Counter = "evicted" in Bytes, "Bytes dropped to make room";
+    expired_bytes: Counter = "expired" in Bytes, "Bytes dropped because nobody used them for the Dataset's lifetime";
     corrupt_blocks: Counter = "corrupt_blocks", "Blocks on disk that failed their checksum and were dropped";
     store_gets: Counter = "store_gets", "GET requests to the sources";
     store_lists: Counter = "store_lists", "LIST requests to the sources";

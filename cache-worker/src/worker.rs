@@ -184,6 +184,7 @@ impl Worker {
             store_heads: requests.heads,
             store_errors: requests.errors,
             evicted_bytes: usage.evicted_bytes,
+            expired_bytes: usage.expired_bytes,
             bypassed_bytes: m.bypassed_bytes.get(),
             corrupt_blocks: usage.corrupt_blocks,
             served_bytes: m.served_bytes.get(),

@@ -173,6 +173,7 @@ impl DatasetTotals {
             store_heads,
             store_errors,
             evicted_bytes,
+            expired_bytes,
             bypassed_bytes,
             corrupt_blocks,
             served_bytes,
@@ -201,6 +202,7 @@ impl DatasetTotals {
         sums.store_heads += store_heads;
         sums.store_errors += store_errors;
         sums.evicted_bytes += evicted_bytes;
+        sums.expired_bytes += expired_bytes;
         sums.bypassed_bytes += bypassed_bytes;
         sums.corrupt_blocks += corrupt_blocks;
         sums.served_bytes += served_bytes;

@@ -85,6 +85,7 @@ pub(crate) fn datasets<'a>(
             policy: policy(dataset.spec.cache.policy),
             quota: quota.map(|quota| quota.div_ceil(u64::from(replicas.max(1)))),
             shape: shape(dataset.spec.volume.shape),
+            ttl: dataset.spec.cache.ttl(),
             sync_interval: dataset.spec.sync.interval(),
         })
     });

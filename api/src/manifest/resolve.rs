@@ -213,6 +213,7 @@ impl<'a> Resolver<'a, '_> {
                 s3: source.s3.map(|S3Options { endpoint, region, addressing }| S3 { endpoint, region, addressing }),
                 credentials,
             });
+            let ttl = spec.cache.ttl();
             Some(ValidatedDataset {
                 namespace: object.namespace.to_owned(),
                 name: object.name?.to_owned(),
@@ -221,6 +222,7 @@ impl<'a> Resolver<'a, '_> {
                 policy: spec.cache.policy,
                 quota_bytes: spec.cache.quota.map(|quota| quota.bytes()).transpose().ok()?,
                 shape: spec.volume.shape,
+                ttl,
                 sync_interval: spec.sync.interval(),
             })
         })();

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use forebay_protocol::{BLOCK_SIZE, ChunkKey, DatasetId, DatasetPath, FileVersion, VersionKey};
 use proptest::prelude::*;
@@ -75,7 +75,7 @@ impl Fixture {
     }
 
     fn set(&self, index: usize, policy: Policy, quota: Option<u64>) {
-        self.store.set_dataset(dataset(index), DatasetPolicy { policy, quota });
+        self.store.set_dataset(dataset(index), DatasetPolicy { policy, quota, ttl: None });
         self.store.shared.round();
     }
 
@@ -307,7 +307,7 @@ fn check(ops: &[Op], low_percent: u8) {
             }
             Op::Terms { dataset, policy, quota } => {
                 real.set(dataset, policy, quota);
-                model.terms[dataset] = DatasetPolicy { policy, quota };
+                model.terms[dataset] = DatasetPolicy { policy, quota, ttl: None };
             }
             Op::Reopen => {
                 real.reopen();
@@ -477,4 +477,30 @@ fn an_edit_of_the_policy_is_live() {
     fixture.set(0, Policy::Hold, Some(three));
     assert!(!fixture.write(&files[1], 1) && !fixture.write(&files[1], 1));
     assert_eq!(held(&fixture, &files), [0, 2]);
+}
+
+#[test]
+fn what_nobody_uses_for_its_lifetime_goes() {
+    let fixture = Fixture::new(95);
+    let lifetime = Duration::from_secs(3200);
+    let terms = DatasetPolicy { ttl: Some(lifetime), ..DatasetPolicy::default() };
+    fixture.store.set_dataset(dataset(0), terms);
+    fixture.set(1, Policy::Hold, None);
+    let (mine, others) = (stored(&fixture, 0, 0..4), stored(&fixture, 1, 0..1));
+    fixture.store.pin(mine[1].key, true).unwrap();
+    let begin = Instant::now() + lifetime / 8;
+    let expire = |after: Duration| fixture.store.shared.expire(begin + after);
+    expire(Duration::ZERO);
+    assert!(fixture.read(&mine[0], true));
+    let open = fixture.store.chunk(&mine[2], false);
+    expire(lifetime - Duration::from_secs(1));
+    assert_eq!(held(&fixture, &mine), [0, 1, 2, 3]);
+    expire(lifetime);
+    // Used since, pinned, in use.
+    assert_eq!((held(&fixture, &mine), held(&fixture, &others)), (vec![0, 1, 2], vec![0]));
+    drop(open);
+    expire(2 * lifetime);
+    assert_eq!((held(&fixture, &mine), held(&fixture, &others)), (vec![1], vec![0]));
+    let usage = fixture.store.usage(dataset(0));
+    assert_eq!((usage.expired_bytes, usage.evicted_bytes), (3 * BLOCK_SIZE, 0));
 }

@@ -30,7 +30,7 @@ pub(crate) fn options(dir: &Path, capacity: u64) -> StoreOptions {
 
 pub(crate) fn open_with(options: StoreOptions, tuning: Tuning) -> Arc<ChunkStore> {
     let store = ChunkStore::open_tuned(options, tuning).unwrap();
-    store.set_dataset(dataset(), DatasetPolicy { policy: Policy::Hold, quota: None });
+    store.set_dataset(dataset(), DatasetPolicy { policy: Policy::Hold, quota: None, ttl: None });
     store
 }
 

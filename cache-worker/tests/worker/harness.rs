@@ -180,6 +180,7 @@ impl Cluster {
             policy: Policy::Hold,
             quota: None,
             shape: VolumeShape::Auto,
+            ttl: None,
             sync_interval: None,
         };
         change_dataset(&mut dataset);
@@ -239,6 +240,7 @@ impl Cluster {
             policy: Policy::Hold,
             quota: None,
             shape: VolumeShape::Auto,
+            ttl: None,
             sync_interval: None,
         }
     }

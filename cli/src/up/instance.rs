@@ -470,6 +470,7 @@ fn dataset_config(dataset: &ValidatedDataset, workers: u32) -> DatasetConfig {
         policy: forebay_worker_agent::policy(dataset.policy),
         quota: dataset.quota_bytes.map(|quota| quota.div_ceil(u64::from(workers))),
         shape: forebay_worker_agent::shape(dataset.shape),
+        ttl: dataset.ttl,
         sync_interval: dataset.sync_interval,
     }
 }

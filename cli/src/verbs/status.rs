@@ -134,6 +134,7 @@ fn dataset_rows(session: &Session, views: &[RuntimeView]) -> Vec<Value> {
                 "hitRatioPercent": percent(sums.hit_bytes, sums.hit_bytes + sums.miss_bytes),
                 "servedBytes": sums.served_bytes,
                 "evictedBytes": sums.evicted_bytes,
+                "expiredBytes": sums.expired_bytes,
                 "bypassedBytes": sums.bypassed_bytes,
                 "corruptBlocks": sums.corrupt_blocks,
                 "versionConflicts": sums.version_conflicts,

@@ -293,6 +293,7 @@ fn datasets(store: &TestStore) -> DatasetsFile {
         policy: Policy::Hold,
         quota: None,
         shape: VolumeShape::Auto,
+        ttl: None,
         sync_interval: None,
     };
     DatasetsFile { datasets: vec![dataset] }

@@ -55,6 +55,7 @@ fn dataset(store: &TestStore) -> DatasetConfig {
         policy: Policy::Hold,
         quota: None,
         shape: VolumeShape::Auto,
+        ttl: None,
         sync_interval: None,
     }
 }

@@ -349,6 +349,7 @@ pub(crate) async fn of_each_field_of_a_dataset(cluster: &Cluster) {
             passed("spec.cache.policy", "/cache/policy", json!("LRU"), told, "/datasets/0/policy"),
             // Each of the two workers has its half.
             seen("spec.cache.quota", "/cache/quota", json!("4Gi"), told, "/datasets/0/quota", json!(2_u64 << 30)),
+            seen("spec.cache.ttl", "/cache/ttl", json!("72h"), told, "/datasets/0/ttl/secs", json!(259_200)),
             passed("spec.volume.shape", "/volume/shape", json!("Small"), told, "/datasets/0/shape"),
         ])
         .await;
