@@ -23,6 +23,9 @@ pub struct Global {
     /// Where the running instance keeps its state [default: /var/lib/forebay, or ~/.local/state/forebay without root]
     #[arg(long, global = true, env = "FOREBAY_STATE_DIR", value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
+    /// Namespace and name of the CacheRuntime of the pod in which this runs (`kubectl forebay` runs it there)
+    #[arg(long, global = true, hide = true, conflicts_with = "state_dir", value_name = "NAMESPACE/NAME")]
+    pub in_pod: Option<String>,
     /// How to print results
     #[arg(long, short, global = true, value_enum, default_value_t = Output::Table)]
     pub output: Output,
@@ -83,6 +86,27 @@ enum Command {
 }
 
 impl Args {
+    /// The Dataset that a verb is about, if it is about one. An error for commands that have no sense in a worker's pod.
+    pub fn dataset_of_verb(&self) -> anyhow::Result<Option<&str>> {
+        Ok(match &self.command {
+            Command::Status(_) | Command::Top(_) => None,
+            Command::Ls(args) => Some(args.dataset()),
+            Command::Stat(args) => Some(args.dataset()),
+            Command::Load(args) => Some(args.dataset()),
+            Command::Pin(args) => Some(args.dataset()),
+            Command::Free(args) | Command::Refresh(args) => Some(args.dataset()),
+            Command::Up(_) | Command::Validate(_) => {
+                anyhow::bail!("in a cluster there are status, top, ls, stat, load, free, pin and refresh")
+            }
+            Command::Worker(_) | Command::Fuse(_) | Command::Preload(_) => anyhow::bail!("the operator runs this"),
+        })
+    }
+
+    /// Whether it only shows what is the case.
+    pub fn is_status(&self) -> bool {
+        matches!(self.command, Command::Status(_))
+    }
+
     /// Runs the command.
     pub fn run(self) -> anyhow::Result<ExitCode> {
         let Self { global, command } = self;

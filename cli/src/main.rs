@@ -2,6 +2,7 @@
 #![allow(unreachable_pub, reason = "a program: nothing is reachable from outside")]
 
 mod args;
+mod kubectl;
 mod output;
 mod pod;
 mod preload;
@@ -14,7 +15,8 @@ use std::process::ExitCode;
 use clap::Parser as _;
 
 fn main() -> ExitCode {
-    match args::Args::parse().run() {
+    let done = if kubectl::is_plugin() { kubectl::run() } else { args::Args::parse().run() };
+    match done {
         Ok(code) => code,
         Err(error) => {
             eprintln!("forebay: {error:#}");

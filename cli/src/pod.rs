@@ -1,12 +1,23 @@
 //! A worker in a pod: `forebay worker --kubernetes`, as the operator's StatefulSet starts it.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use clap::Args;
-use forebay_cache_worker::WorkerOptions;
+use forebay_cache_worker::{DatasetsFile, WorkerOptions};
 use forebay_under_store::Limits;
 use forebay_worker_agent::{AgentOptions, DATASETS, TABLE};
+
+use crate::up::{DatasetRecord, Record, RuntimeRecord};
+
+/// Where the agent keeps what the API said, unless it is told otherwise.
+const STATE: &str = "/run/forebay";
+/// Where the key of the runtime is mounted.
+const KEY: &str = "/etc/forebay/key/key";
 
 /// Arguments of `worker --kubernetes`.
 #[derive(Clone, Debug, Args)]
@@ -42,10 +53,10 @@ pub struct PodArgs {
     #[arg(long, default_value_t = 85, value_parser = clap::value_parser!(u8).range(1..=99), value_name = "PERCENT")]
     low_percent: u8,
     /// The runtime's key: 64 hexadecimal digits
-    #[arg(long, default_value = "/etc/forebay/key/key", value_name = "FILE")]
+    #[arg(long, default_value = KEY, value_name = "FILE")]
     key_file: PathBuf,
     /// Where the agent keeps what the API said: in memory, for it holds credentials
-    #[arg(long, default_value = "/run/forebay", value_name = "DIR")]
+    #[arg(long, default_value = STATE, value_name = "DIR")]
     state_dir: PathBuf,
     /// Memory for file contents, in MiB
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(16..=1_048_576), value_name = "MIB")]
@@ -59,6 +70,28 @@ pub struct PodArgs {
     /// Requests sent to a source in a second at most [default: no limit]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..), value_name = "N")]
     source_requests_per_second: Option<u32>,
+}
+
+/// What a verb that runs in a worker's pod needs to know of it: `runtime` is `NAMESPACE/NAME`.
+pub fn record(runtime: &str) -> anyhow::Result<Record> {
+    let (namespace, name) = runtime.split_once('/').context("--in-pod is NAMESPACE/NAME")?;
+    let path = Path::new(STATE).join(DATASETS);
+    let text = std::fs::read(&path).with_context(|| format!("no worker runs here: reading {}", path.display()))?;
+    let file: DatasetsFile = serde_json::from_slice(&text).with_context(|| format!("reading {}", path.display()))?;
+    let datasets = file.datasets.into_iter().map(|dataset| DatasetRecord {
+        id: dataset.id,
+        namespace: dataset.namespace,
+        name: dataset.name,
+        runtime: name.to_owned(),
+        mount: None,
+    });
+    let runtime = RuntimeRecord {
+        namespace: namespace.to_owned(),
+        name: name.to_owned(),
+        table: Path::new(STATE).join(TABLE),
+        key: KEY.into(),
+    };
+    Ok(Record { pid: 1, runtimes: vec![runtime], datasets: datasets.collect() })
 }
 
 impl PodArgs {

@@ -16,16 +16,17 @@ use tonic::{Code, transport::Channel};
 
 use crate::{
     args::Global,
+    pod,
     up::{DatasetRecord, Layout, Record, RuntimeRecord, read_key},
 };
 
 /// How long a verb waits for one answer of a worker.
 pub const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 
-/// A running instance, as its record describes it.
+/// A running instance, as its record describes it; or the runtime of the worker in whose pod this is.
 pub struct Session {
-    /// Where it keeps its state.
-    pub layout: Layout,
+    /// Where an instance keeps its state.
+    pub layout: Option<Layout>,
     /// What it runs.
     pub record: Record,
 }
@@ -43,9 +44,12 @@ pub struct DatasetSession {
 impl Session {
     /// Finds the running instance.
     pub fn open(global: &Global) -> anyhow::Result<Self> {
+        if let Some(runtime) = &global.in_pod {
+            return Ok(Self { layout: None, record: pod::record(runtime)? });
+        }
         let layout = Layout::new(global.state_dir.clone())?;
         let record = layout.read_record()?;
-        Ok(Self { layout, record })
+        Ok(Self { layout: Some(layout), record })
     }
 
     /// A Dataset by its name, or by `NAMESPACE/NAME`.

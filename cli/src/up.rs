@@ -204,7 +204,9 @@ fn announce(global: &Global, instance: &Instance) -> anyhow::Result<()> {
         })),
         Output::Table => {
             for dataset in &record.datasets {
-                println!("{} is mounted at {}", dataset.name, dataset.mount.display());
+                if let Some(mount) = &dataset.mount {
+                    println!("{} is mounted at {}", dataset.name, mount.display());
+                }
             }
             println!("serving; Ctrl-C stops");
             Ok(())

@@ -29,7 +29,7 @@ tests! {
         admission: edits_take_effect_or_are_refused, invalid_specs_are_refused_with_the_field;
         preload: preloads_start_by_each_trigger;
         reads: a_pod_reads_verified_bytes, two_nodes_share_one_read_of_the_source, an_inline_volume_reads, a_stranger_gets_nothing;
-        api: kubectl_explains_waits_scales_and_shows, volume_stats_reach_the_kubelet;
+        api: kubectl_explains_waits_scales_and_shows, verbs_work_as_a_kubectl_plugin, volume_stats_reach_the_kubelet;
         sources: sources_come_and_go_under_readers, a_snapshot_is_refreshed_on_request, wrong_secrets_buckets_and_endpoints_are_named_and_recover, an_impossible_tier_is_named_and_recovers;
         survival: a_worker_pod_is_deleted, workers_scale_under_readers;
         health: volume_health_reaches_the_pod;

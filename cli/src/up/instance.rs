@@ -169,7 +169,7 @@ impl Instance {
                 namespace: dataset.namespace.clone(),
                 name: dataset.name.clone(),
                 runtime: dataset.runtime.clone(),
-                mount: target,
+                mount: Some(target),
             });
         }
         self.policies = Policies::start(manifest, &self.record)?;

@@ -88,8 +88,9 @@ pub struct DatasetRecord {
     pub name: String,
     /// Name of its CacheRuntime, in the same namespace.
     pub runtime: String,
-    /// Where it is mounted.
-    pub mount: PathBuf,
+    /// Where it is mounted; `None`: nowhere here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mount: Option<PathBuf>,
 }
 
 impl Layout {

@@ -32,6 +32,13 @@ pub struct LsArgs {
     long: bool,
 }
 
+impl LsArgs {
+    /// Name of the Dataset.
+    pub fn dataset(&self) -> &str {
+        &self.dataset
+    }
+}
+
 /// Arguments of `stat`.
 #[derive(Debug, Args)]
 pub struct StatArgs {
@@ -39,6 +46,13 @@ pub struct StatArgs {
     dataset: String,
     /// An entry of it
     path: String,
+}
+
+impl StatArgs {
+    /// Name of the Dataset.
+    pub fn dataset(&self) -> &str {
+        &self.dataset
+    }
 }
 
 /// Entries asked of a worker at a time.
@@ -109,8 +123,10 @@ pub async fn stat(global: Global, args: StatArgs) -> anyhow::Result<ExitCode> {
     };
     let mut description = describe(&found);
     description["path"] = json!(path.to_string());
-    description["mount"] =
-        json!(session.record.mount.join(String::from_utf8_lossy(&path.as_bytes()[1..]).as_ref()).display().to_string());
+    if let Some(mount) = &session.record.mount {
+        let below = String::from_utf8_lossy(&path.as_bytes()[1..]);
+        description["mount"] = json!(mount.join(below.as_ref()).display().to_string());
+    }
     match &found.kind {
         EntryKind::Directory => description["owner"] = json!(directory_owner(&session, &path)),
         EntryKind::File { version } => {

@@ -70,17 +70,22 @@ pub async fn status(global: Global, args: StatusArgs) -> anyhow::Result<ExitCode
     let StatusArgs {} = args;
     let session = Session::open(&global)?;
     let views = view(&session).await?;
-    let supervisor = up::ask(&session.layout).await;
+    let supervisor = match &session.layout {
+        Some(layout) => Some(up::ask(layout).await),
+        None => None,
+    };
+    let answer = supervisor.as_ref().and_then(|answer| answer.as_ref().ok());
+    let of_instance = |field: &str| answer.map_or_else(|| json!([]), |answer| answer[field].clone());
     let datasets = dataset_rows(&session, &views);
     let workers: Vec<Value> = views.iter().flat_map(worker_rows).collect();
     let document = json!({
         "pid": session.record.pid,
         "datasets": datasets,
         "workers": workers,
-        "workerProcesses": supervisor.as_ref().map_or_else(|_| json!([]), |answer| answer["workers"].clone()),
-        "mounts": supervisor.as_ref().map_or_else(|_| json!([]), |answer| answer["mounts"].clone()),
-        "policies": supervisor.as_ref().map_or_else(|_| json!([]), |answer| answer["policies"].clone()),
-        "daemons": supervisor.as_ref().map_or_else(|_| json!([]), |answer| answer["daemons"].clone()),
+        "workerProcesses": of_instance("workers"),
+        "mounts": of_instance("mounts"),
+        "policies": of_instance("policies"),
+        "daemons": of_instance("daemons"),
     });
     match global.output {
         Output::Json => output::json(&document)?,
@@ -88,6 +93,8 @@ pub async fn status(global: Global, args: StatusArgs) -> anyhow::Result<ExitCode
             print!("{}", dataset_table(&document));
             println!();
             print!("{}", worker_table(&document));
+            // In a cluster the other objects say the rest.
+            let Some(supervisor) = supervisor else { return Ok(ExitCode::SUCCESS) };
             println!();
             if !rows(&document, "policies").is_empty() {
                 print!("{}", policy_table(&document));

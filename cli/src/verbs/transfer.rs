@@ -37,6 +37,13 @@ pub struct PathArgs {
     path: String,
 }
 
+impl PathArgs {
+    /// Name of the Dataset.
+    pub fn dataset(&self) -> &str {
+        &self.dataset
+    }
+}
+
 /// Arguments of `load`.
 #[derive(Debug, Args)]
 pub struct LoadArgs {
@@ -46,6 +53,13 @@ pub struct LoadArgs {
     selection: SelectionArgs,
     #[command(flatten)]
     terms: TermsArgs,
+}
+
+impl LoadArgs {
+    /// Name of the Dataset.
+    pub fn dataset(&self) -> &str {
+        self.at.dataset()
+    }
 }
 
 /// Which files below a path.
@@ -119,6 +133,13 @@ pub struct PinArgs {
     /// Unpin: the bytes stay until their space is wanted
     #[arg(long)]
     remove: bool,
+}
+
+impl PinArgs {
+    /// Name of the Dataset.
+    pub fn dataset(&self) -> &str {
+        self.at.dataset()
+    }
 }
 
 /// Loads every worker's share.

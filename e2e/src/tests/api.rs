@@ -1,6 +1,9 @@
 //! What kubectl shows.
 
-use anyhow::ensure;
+use std::process::Command;
+
+use anyhow::{Context as _, ensure};
+use serde_json::Value;
 
 use crate::{
     Env, Outcome, TestResult, data,
@@ -49,6 +52,56 @@ pub fn kubectl_explains_waits_scales_and_shows(env: &Env, ns: &str) -> TestResul
     let selector = text(&runtime["status"]["selector"]);
     ensure!(env.kubectl.list(ns, "pods", &selector)?.len() == 2, "the selector {selector} finds the workers");
     ensure!(runtime["status"]["capacityBytes"].as_u64() == Some(2 << 30), "{}", runtime["status"]);
+    Ok(Outcome::Passed)
+}
+
+/// `kubectl forebay`, as kubectl finds it.
+pub fn verbs_work_as_a_kubectl_plugin(env: &Env, ns: &str) -> TestResult {
+    let files = data::usual();
+    env.usual_ready(ns, &files, 2)?;
+    let dir = tempfile::tempdir()?;
+    let program = std::env::current_exe()?.with_file_name("forebay");
+    std::os::unix::fs::symlink(&program, dir.path().join("kubectl-forebay"))
+        .with_context(|| program.display().to_string())?;
+    let path = std::env::var("PATH").unwrap_or_default();
+    let forebay = |line: &str| -> anyhow::Result<Result<String, String>> {
+        let mut command = Command::new("kubectl");
+        command.arg("forebay").args(line.split(' ')).args(["-n", ns]);
+        command.env("PATH", format!("{}:{path}", dir.path().display())).env_remove("KUBECTL");
+        let output = command.output()?;
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        Ok(if output.status.success() { Ok(text(output.stdout)) } else { Err(text(output.stderr)) })
+    };
+    let json = |line: &str| -> anyhow::Result<Value> {
+        let text = forebay(line)?.map_err(anyhow::Error::msg).with_context(|| line.to_owned())?;
+        // With progress, the last line is the end.
+        Ok(serde_json::from_str(&text).or_else(|_| serde_json::from_str(text.lines().last().unwrap_or_default()))?)
+    };
+    let dataset = |status: &Value| status["datasets"][0].clone();
+
+    json("load data / --output json")?;
+    let status = dataset(&json("status --output json")?);
+    ensure!(status["cachedBytes"] == data::bytes(&files) && status["phase"] == "Ready", "{status}");
+    let table = forebay("status")?.map_err(anyhow::Error::msg)?;
+    ensure!(table.contains("cache-forebay-1") && table.contains("Ready"), "{table}");
+    json("pin data / --output json")?;
+    let status = dataset(&json("status --runtime cache --output json")?);
+    ensure!(status["pinnedBytes"] == data::bytes(&files), "{status}");
+    json("pin data / --remove --output json")?;
+    json("free data / --output json")?;
+    let status = dataset(&json("status --output json")?);
+    ensure!((&status["cachedBytes"], &status["pinnedBytes"]) == (&0.into(), &0.into()), "{status}");
+    let rates = forebay("top --count 1 --interval 1")?.map_err(anyhow::Error::msg)?;
+    ensure!(rates.contains("data"), "{rates}");
+
+    for (line, why) in [
+        ("load nothing", "\"nothing\" not found"),
+        ("status --runtime nobody", "\"nobody\" not found"),
+        ("up -f x.yaml --mount /x", "in a cluster there are status"),
+    ] {
+        let said = forebay(line)?.err().unwrap_or_default();
+        ensure!(said.contains(why), "{line}: {said}");
+    }
     Ok(Outcome::Passed)
 }
 
