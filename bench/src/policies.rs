@@ -63,7 +63,7 @@ fn simulated(bench: &Bench) -> anyhow::Result<Vec<Value>> {
         let (trace, counted) = load.trace(files, 1);
         for part in PARTS {
             let room = (files as f64 * part).round() as usize;
-            let bound = trace::bound(&trace, counted, files, room);
+            let bound = trace::bound(&trace[counted..], files, room);
             let mut cells = vec![load.name().to_owned(), part.to_string()];
             for (name, policy) in POLICIES {
                 let ratio = simulation::hit_ratio(dir.path(), policy, &trace, counted, files, room)?;

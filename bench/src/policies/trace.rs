@@ -78,28 +78,26 @@ impl Load {
     }
 }
 
-/// Part of the reads from `counted` on that a cache of `room` files answers which knows all that is to come, and may leave
-/// a file uncached: no other answers more.
-pub fn bound(trace: &[u32], counted: usize, files: usize, room: usize) -> f64 {
+/// Part of the reads that a cache of `room` files answers which knows all that is to come, may leave a file uncached, and
+/// holds at the beginning what is best: no other answers more.
+pub fn bound(trace: &[u32], files: usize, room: usize) -> f64 {
     const NEVER: usize = usize::MAX;
     let mut next = vec![NEVER; trace.len()];
     let mut seen = vec![NEVER; files];
     for (place, file) in trace.iter().enumerate().rev() {
         next[place] = std::mem::replace(&mut seen[*file as usize], place);
     }
-    // By when they are read next.
-    let mut held = BTreeSet::new();
+    // By when they are read next; who is read last goes first.
+    let mut held: BTreeSet<(usize, u32)> = seen.into_iter().zip(0..).collect();
     let mut hits = 0;
     for (place, file) in trace.iter().enumerate() {
-        if held.remove(&(place, *file)) {
-            hits += usize::from(place >= counted);
-        }
-        held.insert((next[place], *file));
-        if held.len() > room {
+        while held.len() > room {
             held.pop_last();
         }
+        hits += usize::from(held.remove(&(place, *file)));
+        held.insert((next[place], *file));
     }
-    hits as f64 / (trace.len() - counted) as f64
+    hits as f64 / trace.len() as f64
 }
 
 #[cfg(test)]
@@ -123,11 +121,10 @@ mod tests {
     #[test]
     fn the_bound_is_what_can_be_had() {
         // In order, what is kept is hit in every epoch; nothing does better.
-        let (trace, counted) = Load::Scan.trace(100, 1);
-        assert!((bound(&trace, counted, 100, 40) - 0.4).abs() < 0.02);
-        assert_eq!(bound(&trace, counted, 100, 100), 1.0);
-        assert_eq!(bound(&trace, counted, 100, 0), 0.0);
-        // By hand: 1 2 1 3 2 1 with room for one: 1 is kept from its first read to its second, then 2 or 1.
-        assert_eq!(bound(&[1, 2, 1, 3, 2, 1], 0, 4, 1), 2.0 / 6.0);
+        let (trace, _) = Load::Scan.trace(100, 1);
+        assert!((bound(&trace, 100, 40) - 0.4).abs() < 0.02);
+        assert_eq!((bound(&trace, 100, 100), bound(&trace, 100, 0)), (1.0, 0.0));
+        // By hand, with room for one: 1 is there, and is kept until its second read and then until its third.
+        assert_eq!(bound(&[1, 2, 1, 3, 2, 1], 4, 1), 3.0 / 6.0);
     }
 }
