@@ -1,18 +1,18 @@
 //! Making room, off the read path.
 //!
 //! One thread. Superseded chunks go first (after a grace for those who still read the old version, at once under
-//! pressure), then those of forgotten datasets and those that nobody used for the lifetime of their dataset ([`crate::expiry`]), then what the policies give: for a dataset above its quota, and above
-//! the high watermark down to the low one. Pinned chunks go only with their dataset. The same thread watches the
-//! directory and the free space.
+//! pressure), then those of forgotten datasets and those that nobody used for the lifetime of their dataset
+//! ([`crate::expiry`]), then what the policies give: for a dataset above its quota, and above the high watermark down
+//! to the low one. Pinned chunks go only with their dataset. The same thread watches the directory and the free space.
 //!
 //! Where a policy gives way ([`Policy`]), who is refused asks for room, and does not wait for it: what it has is
 //! streamed past, and the next one finds room. The quota takes it from the dataset itself, if its policy gives way; the
-//! watermark, for a dataset of any policy, from all whose policies give way: from each as many bytes as it has among the
-//! chunks that were used longest ago; which of its chunks go is up to its own policy. So
-//! what is there to be replaced never keeps out what is there to stay, and what is there to stay goes for nobody. A chunk
-//! that somebody has open does not give way. To find what does costs a look at every chunk, so more goes than was asked
-//! for: as large a part of what may go as lies between the watermarks. That is down to the low one where everything gives
-//! way; where little does, it is not all taken at once. Nothing goes when the sums say that it would not suffice.
+//! watermark, for a dataset of any policy, from all whose policies give way: from each as many bytes as it has among
+//! the chunks that were used longest ago; which of its chunks go is up to its own policy. So what is there to be
+//! replaced never keeps out what is there to stay, and what is there to stay goes for nobody. A chunk that somebody has
+//! open does not give way. To find what does costs a look at every chunk, so more goes than was asked for: as large a
+//! part of what may go as lies between the watermarks. That is down to the low one where everything gives way; where
+//! little does, it is not all taken at once. Nothing goes when the sums say that it would not suffice.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;

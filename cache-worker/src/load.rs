@@ -22,7 +22,7 @@ use forebay_protocol::{
 };
 use futures::{Stream, StreamExt, stream};
 use parking_lot::Mutex;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
@@ -39,6 +39,8 @@ use crate::{
 
 /// Chunks loaded at once; how many of their fetches run at once is bounded by the source's background pool.
 const AT_ONCE: usize = 32;
+/// Chunks read again at once: readers want the disk too.
+const VERIFIED_AT_ONCE: usize = 2;
 /// Chunks found that wait to be loaded: at 200 bytes each 13 MB. Beyond, the walk waits.
 const AHEAD: usize = 65_536;
 /// Reasons kept.
@@ -203,6 +205,16 @@ impl Terms {
     }
 }
 
+/// A load while it is carried out.
+struct Loading<'a> {
+    worker: &'a Arc<Worker>,
+    dataset: &'a Arc<Dataset>,
+    terms: Terms,
+    class: Class,
+    verifying: Semaphore,
+    progress: &'a Progress,
+}
+
 /// Loads this worker's share of what is selected at or below `path`. Fails as a whole only when the tree cannot be listed.
 pub(crate) async fn load(
     worker: &Arc<Worker>,
@@ -214,6 +226,7 @@ pub(crate) async fn load(
 ) -> Result<(), ClientError> {
     let epoch = worker.members.table().epoch;
     let class = terms.class(&worker.members);
+    let loading = Loading { worker, dataset, terms, class, verifying: Semaphore::new(VERIFIED_AT_ONCE), progress };
     let mut found = files(worker, dataset, path).await?;
     let (queue, queued) = mpsc::channel(AHEAD);
     let listing = async {
@@ -230,11 +243,10 @@ pub(crate) async fn load(
         drop(queue);
         Ok(())
     };
-    let loading = ReceiverStream::new(queued)
-        .for_each_concurrent(AT_ONCE, |work| load_chunk(worker, dataset, work, terms, &class, progress));
+    let carrying_out = ReceiverStream::new(queued).for_each_concurrent(AT_ONCE, |work| loading.load_chunk(work));
     // A tree that cannot be listed ends the load at once.
     let (listed, ()) = tokio::try_join!(listing, async {
-        loading.await;
+        carrying_out.await;
         Ok::<(), ClientError>(())
     })?;
     let () = listed;
@@ -276,54 +288,53 @@ async fn list_share(worker: &Worker, dataset: &Dataset, file: Found, progress: &
     }
 }
 
-async fn load_chunk(
-    worker: &Arc<Worker>,
-    dataset: &Arc<Dataset>,
-    work: Work,
-    terms: Terms,
-    class: &Class,
-    progress: &Progress,
-) {
-    let Work { share, key } = work;
-    let Found { path, version } = &share.file;
-    let bytes = key.len(version.size);
-    // A chunk has 1,024 blocks at most.
-    let blocks = bytes.div_ceil(BLOCK_SIZE) as u32;
-    let wanted =
-        Wanted { dataset: dataset.clone(), path: path.clone(), version: version.clone(), key, blocks: 0..blocks };
-    let loaded = match hold(worker, wanted, terms, class).await {
-        Ok(unstored) if terms.pin && unstored > 0 => Err(format!("{unstored} blocks could not be stored")),
-        Ok(unstored) => {
-            add(&progress.bypassed_bytes, bytes.min(u64::from(unstored) * BLOCK_SIZE));
-            Ok(())
-        }
-        Err(error) => Err(describe(&error)),
-    };
-    match loaded {
-        Ok(()) => add(&progress.done_bytes, bytes),
-        Err(reason) => {
-            if !share.failed.swap(true, Ordering::AcqRel) {
-                add(&progress.failed_files, 1);
-                progress.fail(format!("{path}: {reason}"));
+impl Loading<'_> {
+    async fn load_chunk(&self, work: Work) {
+        let Work { share, key } = work;
+        let (Found { path, version }, progress) = (&share.file, self.progress);
+        let bytes = key.len(version.size);
+        // A chunk has 1,024 blocks at most.
+        let blocks = 0..bytes.div_ceil(BLOCK_SIZE) as u32;
+        let (dataset, path, version) = (self.dataset.clone(), path.clone(), version.clone());
+        let loaded = match self.hold(Wanted { dataset, path, version, key, blocks }).await {
+            Ok(unstored) if self.terms.pin && unstored > 0 => Err(format!("{unstored} blocks could not be stored")),
+            Ok(unstored) => {
+                add(&progress.bypassed_bytes, bytes.min(u64::from(unstored) * BLOCK_SIZE));
+                Ok(())
+            }
+            Err(error) => Err(describe(&error)),
+        };
+        match loaded {
+            Ok(()) => add(&progress.done_bytes, bytes),
+            Err(reason) => {
+                if !share.failed.swap(true, Ordering::AcqRel) {
+                    add(&progress.failed_files, 1);
+                    progress.fail(format!("{}: {reason}", share.file.path));
+                }
             }
         }
+        if share.left.fetch_sub(1, Ordering::AcqRel) == 1 && share.counts && !share.failed.load(Ordering::Acquire) {
+            add(&progress.done_files, 1);
+        }
     }
-    if share.left.fetch_sub(1, Ordering::AcqRel) == 1 && share.counts && !share.failed.load(Ordering::Acquire) {
-        add(&progress.done_files, 1);
-    }
-}
 
-/// Has a chunk held, and gives how many of its blocks could not be stored.
-async fn hold(worker: &Arc<Worker>, wanted: Wanted, terms: Terms, class: &Class) -> Result<u32, FillError> {
-    let unstored = worker.engine.load(wanted.clone(), terms.pin, class.clone()).await?;
-    if !terms.verify || unstored > 0 {
-        return Ok(unstored);
-    }
-    match worker.engine.verify(wanted.clone()).await? {
-        Some(0) => Ok(0),
-        // Damaged, or evicted meanwhile.
-        Some(_) => worker.engine.load(wanted, terms.pin, class.clone()).await,
-        None => Err(FillError::Unavailable("the cache disk does not answer".into())),
+    /// Has a chunk held, and gives how many of its blocks could not be stored.
+    async fn hold(&self, wanted: Wanted) -> Result<u32, FillError> {
+        let (engine, pin) = (&self.worker.engine, self.terms.pin);
+        let unstored = engine.load(wanted.clone(), pin, self.class.clone()).await?;
+        if !self.terms.verify || unstored > 0 {
+            return Ok(unstored);
+        }
+        // The semaphore is never closed.
+        let permit = self.verifying.acquire().await;
+        let missing = engine.verify(wanted.clone()).await?;
+        drop(permit);
+        match missing {
+            Some(0) => Ok(0),
+            // Damaged, or evicted meanwhile.
+            Some(_) => engine.load(wanted, pin, self.class.clone()).await,
+            None => Err(FillError::Unavailable("the cache disk does not answer".into())),
+        }
     }
 }
 

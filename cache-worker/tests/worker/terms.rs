@@ -70,7 +70,8 @@ async fn readers_do_not_wait_for_a_pace_and_nothing_waits_for_a_load_that_ended(
     loop {
         let progress = loading.message().await.unwrap().unwrap();
         assert!(!progress.finished, "{progress:?}");
-        if progress.total_files == FILES && progress.done_files >= 3 {
+        // The first may be one of the two that were read.
+        if progress.total_files == FILES && progress.done_files >= 2 {
             break;
         }
     }
