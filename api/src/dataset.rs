@@ -306,6 +306,12 @@ pub struct DatasetStatus {
     #[schemars(range(min = 0, max = 100))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hit_ratio_percent: Option<u8>,
+    /// Bytes dropped from the workers' disks to make room, or because there is a newer version, since the dataset was created.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evicted_bytes: Option<u64>,
+    /// Bytes dropped because nobody read them for the dataset's `ttl`, since it was created.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expired_bytes: Option<u64>,
     /// The PersistentVolumeClaim that pods mount. Absent until it was made, and again once it is gone: workers forget a
     /// dataset that is being deleted only then.
     #[serde(default, skip_serializing_if = "Option::is_none")]

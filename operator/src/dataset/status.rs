@@ -109,17 +109,22 @@ fn urgent_fields(status: &DatasetStatus) -> impl PartialEq + '_ {
         hits,
         misses,
         hit_ratio_percent,
+        evicted_bytes,
+        expired_bytes,
         claim_name,
         conditions: _,
     } = status;
-    let known = [files, bytes, cached_bytes, pinned_bytes, hits, misses].map(Option::is_some);
+    let known = [files, bytes, cached_bytes, pinned_bytes, hits, misses, evicted_bytes, expired_bytes];
+    let known = known.map(Option::is_some);
     (observed_generation, phase, revision, last_refresh, known, hit_ratio_percent.is_some(), claim_name)
 }
 
 /// Whether a number or a message is worth writing.
 fn changed(before: &DatasetStatus, after: &DatasetStatus) -> bool {
     let numbers = |status: &DatasetStatus| {
-        [status.files, status.bytes, status.cached_bytes, status.pinned_bytes, status.hits, status.misses]
+        let DatasetStatus { files, bytes, cached_bytes, pinned_bytes, hits, misses, .. } = status;
+        let DatasetStatus { evicted_bytes, expired_bytes, .. } = status;
+        [files, bytes, cached_bytes, pinned_bytes, hits, misses, evicted_bytes, expired_bytes].map(|number| *number)
     };
     numbers(before).into_iter().zip(numbers(after)).any(|(old, new)| differs(old, new))
         || before.last_sync_time != after.last_sync_time
@@ -151,6 +156,8 @@ fn numbers(before: &DatasetStatus, found: &Found) -> DatasetStatus {
         pinned_bytes: held(seen.map(|seen| seen.pinned), before.pinned_bytes),
         hits,
         misses,
+        evicted_bytes: seen.map(|seen| seen.evicted).max(before.evicted_bytes),
+        expired_bytes: seen.map(|seen| seen.expired).max(before.expired_bytes),
         hit_ratio_percent: hits.zip(misses).and_then(|(hits, misses)| percent(hits, misses)),
         ..DatasetStatus::default()
     }

@@ -19,7 +19,7 @@ use forebay_protocol::{
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
 use super::{
-    counters::{Counters, Reads},
+    counters::{Counters, Counts},
     dataset_id,
 };
 
@@ -62,6 +62,8 @@ pub struct DatasetSeen {
     pub pinned: u64,
     pub hits: u64,
     pub misses: u64,
+    pub evicted: u64,
+    pub expired: u64,
     pub scan: Option<ScanSeen>,
     pub problem: Option<Problem>,
     /// Loads that have a name.
@@ -169,7 +171,7 @@ impl Book {
 
     /// Enters one round of answers, one for each member, and adds up. `datasets` are those that exist.
     pub fn enter(&mut self, answers: Vec<Answer>, datasets: &[Arc<Dataset>]) -> RuntimeSeen {
-        let published: HashMap<DatasetId, Option<Reads>> = datasets.iter().filter_map(published).collect();
+        let published: HashMap<DatasetId, Option<Counts>> = datasets.iter().filter_map(published).collect();
         let is_member = |name: &str| answers.iter().any(|answer| answer.member.name == name);
         self.workers.retain(|name, _| is_member(name));
         self.counters.retain(|id, _| published.contains_key(id));
@@ -195,10 +197,15 @@ impl Book {
                     last.datasets.insert(id, (dataset.cached_bytes, dataset.pinned_bytes));
                     last.runs.insert(id, std::mem::take(&mut dataset.runs));
                     if let Some(published) = published.get(&id) {
-                        let reads = Reads { hits: dataset.hit_bytes, misses: dataset.miss_bytes };
+                        let counts = Counts {
+                            hits: dataset.hit_bytes,
+                            misses: dataset.miss_bytes,
+                            evicted: dataset.evicted_bytes,
+                            expired: dataset.expired_bytes,
+                        };
                         let counters =
                             self.counters.entry(id).or_insert_with(|| Counters::new(published.unwrap_or_default()));
-                        counters.say(&member.name, status.incarnation, reads, older && published.is_some());
+                        counters.say(&member.name, status.incarnation, counts, older && published.is_some());
                     }
                     seen.datasets.entry(id).or_default().hear(dataset, serving);
                 }
@@ -235,20 +242,22 @@ impl Book {
         for (id, counters) in &mut self.counters {
             let total = counters.total();
             let dataset = seen.datasets.entry(*id).or_default();
-            (dataset.hits, dataset.misses) = (total.hits, total.misses);
+            let Counts { hits, misses, evicted, expired } = total;
+            (dataset.hits, dataset.misses, dataset.evicted, dataset.expired) = (hits, misses, evicted, expired);
         }
         seen
     }
 }
 
 /// Sums that were published, if any.
-fn published(dataset: &Arc<Dataset>) -> Option<(DatasetId, Option<Reads>)> {
+fn published(dataset: &Arc<Dataset>) -> Option<(DatasetId, Option<Counts>)> {
     let id = dataset_id(dataset)?;
-    let reads = dataset.status.as_ref().and_then(|status| {
+    let counts = dataset.status.as_ref().and_then(|status| {
         let (hits, misses) = status.hits.zip(status.misses)?;
-        Some(Reads { hits, misses })
+        let (evicted, expired) = (status.evicted_bytes.unwrap_or_default(), status.expired_bytes.unwrap_or_default());
+        Some(Counts { hits, misses, evicted, expired })
     });
-    Some((id, reads))
+    Some((id, counts))
 }
 
 impl DatasetSeen {

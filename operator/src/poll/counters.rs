@@ -2,55 +2,75 @@
 
 use std::collections::HashMap;
 
-/// Bytes that readers found on workers, and that had to be fetched.
+/// Bytes that workers count of a Dataset.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Reads {
+pub struct Counts {
+    /// Readers found them.
     pub hits: u64,
+    /// They had to be fetched.
     pub misses: u64,
+    /// Dropped to make room.
+    pub evicted: u64,
+    /// Dropped because nobody used them.
+    pub expired: u64,
 }
 
-impl Reads {
+impl Counts {
+    fn with(self, other: Self, each: impl Fn(u64, u64) -> u64) -> Self {
+        Self {
+            hits: each(self.hits, other.hits),
+            misses: each(self.misses, other.misses),
+            evicted: each(self.evicted, other.evicted),
+            expired: each(self.expired, other.expired),
+        }
+    }
+
     fn add(self, other: Self) -> Self {
-        Self { hits: self.hits.saturating_add(other.hits), misses: self.misses.saturating_add(other.misses) }
+        self.with(other, u64::saturating_add)
     }
 
     fn max(self, other: Self) -> Self {
-        Self { hits: self.hits.max(other.hits), misses: self.misses.max(other.misses) }
+        self.with(other, u64::max)
+    }
+
+    /// What came since; `None` when something is less than it was.
+    fn since(self, before: Self) -> Option<Self> {
+        (self.max(before) == self).then(|| self.with(before, u64::saturating_sub))
     }
 }
 
 /// The sums of one Dataset over its workers, which never go down.
 #[derive(Debug, Default)]
 pub struct Counters {
-    total: Reads,
+    total: Counts,
     /// By worker: its incarnation, and what it said last.
-    workers: HashMap<String, (u64, Reads)>,
+    workers: HashMap<String, (u64, Counts)>,
 }
 
 impl Counters {
     /// Goes on from what was published before.
-    pub fn new(published: Reads) -> Self {
+    pub fn new(published: Counts) -> Self {
         Self { total: published, workers: HashMap::new() }
     }
 
     /// Takes what a worker says. `counted`: the worker is older than this process, so what it counted until now is in
     /// what was published, but for the last seconds.
-    pub fn say(&mut self, worker: &str, incarnation: u64, said: Reads, counted: bool) {
+    pub fn say(&mut self, worker: &str, incarnation: u64, said: Counts, counted: bool) {
         let grown = match self.workers.get(worker) {
-            Some((same, last)) if *same == incarnation && last.hits <= said.hits && last.misses <= said.misses => {
-                Reads { hits: said.hits - last.hits, misses: said.misses - last.misses }
+            None if counted => Counts::default(),
+            None => said,
+            // Or it began again.
+            Some((same, last)) => {
+                Some(incarnation).filter(|now| now == same).and_then(|_| said.since(*last)).unwrap_or(said)
             }
-            None if counted => Reads::default(),
-            // It began again.
-            _ => said,
         };
         self.total = self.total.add(grown);
         self.workers.insert(worker.to_owned(), (incarnation, said));
     }
 
     /// The sums. At least what the workers say now: the last seconds before this process are in that.
-    pub fn total(&mut self) -> Reads {
-        let said = self.workers.values().fold(Reads::default(), |sum, (_, said)| sum.add(*said));
+    pub fn total(&mut self) -> Counts {
+        let said = self.workers.values().fold(Counts::default(), |sum, (_, said)| sum.add(*said));
         self.total = self.total.max(said);
         self.total
     }
@@ -65,13 +85,13 @@ impl Counters {
 mod tests {
     use super::*;
 
-    fn reads(hits: u64, misses: u64) -> Reads {
-        Reads { hits, misses }
+    fn reads(hits: u64, misses: u64) -> Counts {
+        Counts { hits, misses, evicted: hits, expired: misses }
     }
 
     #[test]
     fn restarts_of_workers_do_not_take_away() {
-        let mut counters = Counters::new(Reads::default());
+        let mut counters = Counters::new(Counts::default());
         counters.say("a", 1, reads(10, 5), false);
         counters.say("b", 1, reads(1, 1), false);
         assert_eq!(counters.total(), reads(11, 6));
@@ -100,7 +120,7 @@ mod tests {
 
     #[test]
     fn workers_that_are_gone_stay_in_the_sums() {
-        let mut counters = Counters::new(Reads::default());
+        let mut counters = Counters::new(Counts::default());
         counters.say("a", 1, reads(10, 5), false);
         counters.retain(|_| false);
         assert_eq!(counters.total(), reads(10, 5));
