@@ -359,6 +359,15 @@ pub fn mounts() -> Vec<PathBuf> {
         .collect()
 }
 
+/// Puts the bytes of a file into the page cache and keeps them there for as long as the map lives.
+pub fn lock_pages(path: &Path) -> memmap2::Mmap {
+    let file = std::fs::File::open(path).unwrap();
+    // SAFETY: nobody reads through this map.
+    let map = unsafe { memmap2::Mmap::map(&file) }.unwrap();
+    map.lock().unwrap();
+    map
+}
+
 /// Waits until `done` holds.
 pub fn eventually(what: &str, patience: Duration, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + patience;
