@@ -4,6 +4,7 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
+use forebay_cache_worker::TableFile;
 use forebay_client::{Client, ClientConfig, ControlClient, DatasetClient, MemoryBudget};
 use forebay_protocol::{
     DatasetPath,
@@ -89,7 +90,10 @@ pub fn client_of(runtime: &RuntimeRecord) -> anyhow::Result<Client> {
 /// Reads a worker table.
 pub fn read_table(path: &Path) -> anyhow::Result<WorkerTable> {
     let text = std::fs::read(path).with_context(|| format!("reading the worker table {}", path.display()))?;
-    serde_json::from_slice(&text).with_context(|| format!("reading the worker table {}", path.display()))
+    // As workers know it: in a pod it says whose table it is.
+    let TableFile { epoch, members, runtime_uid: _ } =
+        serde_json::from_slice(&text).with_context(|| format!("reading the worker table {}", path.display()))?;
+    Ok(WorkerTable { epoch, members })
 }
 
 /// A path of a Dataset as a person types it: `/a/b`, `a/b`, `/a/b/`.
