@@ -108,6 +108,36 @@ pub struct Source {
     /// How to speak to the store; for `s3://` only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub s3: Option<S3Options>,
+    /// What all workers together may ask of it in a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_budget: Option<RequestBudget>,
+}
+
+/// Requests that a source may get in a second from all workers together, those that are tried again included. When the
+/// source answers 429 or 503 it gets fewer for a while.
+#[derive(KubeSchema, Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RequestBudget {
+    /// For bytes of files (GET). Absent: as many as the workers send.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub get_per_second: Option<u32>,
+    /// For pages of listings (LIST, PROPFIND). Absent: as many as the workers send.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub list_per_second: Option<u32>,
+    /// For the versions of single files (HEAD). Absent: as many as the workers send.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head_per_second: Option<u32>,
+}
+
+impl DatasetSpec {
+    /// GET requests that all sources together may get in a second; `None`: as many as the workers send to one of them.
+    pub fn gets_per_second(&self) -> Option<u64> {
+        let budgets = self.sources.iter().map(|source| source.request_budget?.get_per_second.map(u64::from));
+        budgets.sum()
+    }
 }
 
 /// A Secret by name.

@@ -30,6 +30,9 @@ const NEXT_RUN: &str = "The next run; one that is active goes on as it began.";
 /// What a change of the workers' pods does.
 const REPLACED: &str = "Workers are replaced, one after another; those on an emptyDir begin with empty caches.";
 
+/// What a change of a request budget does.
+const BUDGET: &str = "Live: within a second or two, and without a word to readers.";
+
 /// Every field of the specs.
 pub const EDITS: &[Edit] = &[
     takes(
@@ -77,6 +80,9 @@ pub const EDITS: &[Edit] = &[
     takes(DATASET, "spec.sources[].s3.endpoint", "Live: the next request to the source goes there."),
     takes(DATASET, "spec.sources[].s3.region", "Live: the next request to the source is signed for it."),
     takes(DATASET, "spec.sources[].s3.addressing", "Live: the next request to the source is written like this."),
+    takes(DATASET, "spec.sources[].requestBudget.getPerSecond", BUDGET),
+    takes(DATASET, "spec.sources[].requestBudget.listPerSecond", BUDGET),
+    takes(DATASET, "spec.sources[].requestBudget.headPerSecond", BUDGET),
     takes(DATASET, "spec.sync.mode", "Live: the sources are listed again from now on, or no more."),
     takes(DATASET, "spec.sync.interval", "Live: from the listing that is under way, or was the last, on."),
     takes(

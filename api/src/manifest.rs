@@ -25,7 +25,7 @@ use std::{
 
 pub use error::ManifestError;
 
-use crate::{Addressing, Medium, Policy, PreloadPolicySpec, VolumeShape};
+use crate::{Addressing, Medium, Policy, PreloadPolicySpec, RequestBudget, VolumeShape};
 
 /// Most bytes of one file. A Dataset of 64 sources has some 20 KB.
 pub const MAX_FILE_BYTES: usize = 1 << 20;
@@ -130,6 +130,8 @@ pub struct ValidatedSource {
     pub s3: Option<S3>,
     /// Who to be. `None`: the identity of the process.
     pub credentials: Option<Credentials>,
+    /// What all workers together may ask of it.
+    pub request_budget: RequestBudget,
 }
 
 /// How to speak to a store that speaks S3.

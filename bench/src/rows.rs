@@ -1,6 +1,7 @@
 //! The rows, in groups that share a data set.
 
 mod at_once;
+mod budget;
 mod cold;
 mod index;
 mod large;
@@ -31,6 +32,8 @@ pub enum Group {
     Cold,
     /// Loaded before it is read.
     Preload,
+    /// What a source gets from several workers.
+    Budget,
     /// From a worker to a client.
     Transport,
     /// What a worker keeps of each file.
@@ -43,13 +46,14 @@ pub enum Group {
 
 impl Group {
     /// In the order in which they are measured.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Large,
         Self::Small,
         Self::Walk,
         Self::Shape,
         Self::Cold,
         Self::Preload,
+        Self::Budget,
         Self::Transport,
         Self::Index,
         Self::AtOnce,
@@ -65,6 +69,7 @@ impl Group {
             Self::Shape => &shape::CLAIMS,
             Self::Cold => &cold::CLAIMS,
             Self::Preload => &preload::CLAIMS,
+            Self::Budget => &budget::CLAIMS,
             Self::Transport => &transport::CLAIMS,
             Self::Index => &index::CLAIMS,
             Self::AtOnce => &at_once::CLAIMS,
@@ -81,6 +86,7 @@ impl Group {
             Self::Shape => shape::run(bench, report).await,
             Self::Cold => cold::run(bench, report).await,
             Self::Preload => preload::run(bench, report).await,
+            Self::Budget => budget::run(bench, report).await,
             Self::Transport => transport::run(bench, report).await,
             Self::Index => index::run(bench, report).await,
             Self::AtOnce => at_once::run(bench, report).await,

@@ -48,6 +48,8 @@ pub struct Setup<'a> {
     pub node_cache: bool,
     /// Requests in a second that each worker may send to the source.
     pub requests_per_second: Option<u32>,
+    /// GET requests in a second that the source may get from all workers.
+    pub gets_per_second: Option<u32>,
     /// Eviction policy, and quota in bytes.
     pub cache: Option<(&'static str, u64)>,
 }
@@ -62,6 +64,7 @@ impl Default for Setup<'_> {
             shape: "Auto",
             node_cache: true,
             requests_per_second: None,
+            gets_per_second: None,
             cache: None,
         }
     }
@@ -265,6 +268,8 @@ stringData: {{accessKeyId: {}, secretAccessKey: {}}}
         None => (String::new(), format!("uri: \"file://{}\"", source(dir)?.display())),
     };
     let Setup { workers, capacity, shape, .. } = setup;
+    let budget =
+        setup.gets_per_second.map_or_else(String::new, |gets| format!(", requestBudget: {{getPerSecond: {gets}}}"));
     let cache =
         setup.cache.map_or_else(String::new, |(policy, quota)| format!("cache: {{policy: {policy}, quota: {quota}}}"));
     let volume = if DEFINITION.contains(" shape:\n") { format!("volume: {{shape: {shape}}}") } else { String::new() };
@@ -282,7 +287,7 @@ kind: Dataset
 metadata: {{name: {NAME}}}
 spec:
   runtimeRef: {{name: runtime}}
-  sources: [{{path: /, {source}}}]
+  sources: [{{path: /, {source}{budget}}}]
   {volume}
   {cache}
 "

@@ -14,7 +14,7 @@ use forebay_protocol::{
     handshake::{KeyFileError, RuntimeKey},
     table::{MAX_MEMBERS, Member, WorkerTable},
 };
-use forebay_under_store::{Limits, SourceSpec};
+use forebay_under_store::{Limits, SourceSpec, Verb};
 use serde::{Deserialize, Serialize};
 
 use crate::dataset::SourceProblem;
@@ -151,9 +151,37 @@ pub struct SourceConfig {
     pub path: String,
     /// What it is.
     pub spec: SourceSpec,
+    /// What all workers together may ask of it.
+    #[serde(default)]
+    pub request_budget: RequestBudget,
     /// Why it cannot be used, if whoever wrote this knows: then it is not asked, and answers with this message.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<SourceProblem>,
+}
+
+/// Requests that a source may get a second, from all workers together and retries included; `None`: as many as can be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct RequestBudget {
+    /// For bytes of objects.
+    pub get_per_second: Option<u32>,
+    /// For pages of listings.
+    pub list_per_second: Option<u32>,
+    /// For the versions of single objects.
+    pub head_per_second: Option<u32>,
+}
+
+impl RequestBudget {
+    /// That of one kind of request.
+    pub(crate) fn of(&self, verb: Verb) -> Option<f64> {
+        let Self { get_per_second, list_per_second, head_per_second } = self;
+        let of = match verb {
+            Verb::Get => get_per_second,
+            Verb::List => list_per_second,
+            Verb::Head => head_per_second,
+        };
+        of.map(f64::from)
+    }
 }
 
 /// Why a file cannot be used.

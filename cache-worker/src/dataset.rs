@@ -19,11 +19,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 pub use self::problem::SourceProblem;
-use self::{
-    source::{Source, SourceOpener},
-    sync::Sync,
-};
+pub(crate) use self::source::Source;
+use self::{source::SourceOpener, sync::Sync};
 use crate::{
+    budget::Lender,
     config::{DatasetConfig, SourceConfig},
     fill::{FillError, Pools, Wanted},
     load::Runs,
@@ -65,9 +64,12 @@ impl Opener {
     fn sources(&self, configs: &[SourceConfig], before: &[Arc<Source>]) -> Result<Vec<Arc<Source>>, DatasetError> {
         let mut sources = Vec::with_capacity(configs.len());
         for config in configs {
-            let known = before.iter().find(|source| source.config == *config).cloned();
+            let known = before.iter().find(|source| source.is(config)).cloned();
             sources.push(match known {
-                Some(source) => source,
+                Some(source) => {
+                    source.set_budget(config.request_budget);
+                    source
+                }
                 None => self.sources.open(config.clone())?,
             });
         }
@@ -110,6 +112,8 @@ pub(crate) struct Dataset {
     pub(crate) runs: Runs,
     /// When this worker last had the sources listed.
     pub(crate) sync: Sync,
+    /// What this worker lends of the sources' request budgets, if it is the one that does.
+    pub(crate) lender: Lender,
 }
 
 impl fmt::Debug for Dataset {
@@ -145,6 +149,7 @@ impl Dataset {
             rescan: Notify::new(),
             runs: Runs::default(),
             sync: Sync::default(),
+            lender: Lender::default(),
         })
     }
 
@@ -198,6 +203,11 @@ impl Dataset {
 
     pub(crate) fn namespace(&self) -> Arc<Namespace> {
         self.index.namespace()
+    }
+
+    /// Its sources, by mount path, longest first.
+    pub(crate) fn sources(&self) -> Arc<[Arc<Source>]> {
+        self.sources.read().clone()
     }
 
     /// The pools of the source that answers for `path`; `None` where no source is.
@@ -293,6 +303,7 @@ impl Dataset {
         set(&m.store_lists, requests.lists);
         set(&m.store_heads, requests.heads);
         set(&m.store_errors, requests.errors);
+        set(&m.store_throttled, requests.throttled);
         set(&m.store_bytes, requests.bytes);
         set(&m.evicted_bytes, usage.evicted_bytes);
         set(&m.expired_bytes, usage.expired_bytes);

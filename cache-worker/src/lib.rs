@@ -11,6 +11,7 @@
 //! Not handled here: how bytes lie on disk (`forebay-cache-store`), how listings do (`forebay-metadata`), who starts
 //! workers and writes their files (`forebay up`, the operator).
 
+mod budget;
 mod config;
 mod data;
 mod dataset;
@@ -27,7 +28,9 @@ mod reload;
 mod scan;
 mod worker;
 
-pub use config::{ConfigError, DatasetConfig, DatasetsFile, SourceConfig, TableFile, VolumeShape, WorkerOptions};
+pub use config::{
+    ConfigError, DatasetConfig, DatasetsFile, RequestBudget, SourceConfig, TableFile, VolumeShape, WorkerOptions,
+};
 pub use dataset::SourceProblem;
 pub use forebay_cache_store::Policy;
 pub use worker::{RunningWorker, run};

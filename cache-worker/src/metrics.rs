@@ -115,6 +115,7 @@ by_dataset! {
     store_gets: Counter = "store_gets", "GET requests to the sources";
     store_lists: Counter = "store_lists", "LIST requests to the sources";
     store_heads: Counter = "store_heads", "HEAD requests to the sources";
+    store_throttled: Counter = "store_throttled", "Requests that the sources turned away because they were too many (429 and 503)";
     store_errors: Counter = "store_errors", "Requests to the sources that failed, retries included";
     store_bytes: Counter = "store_received" in Bytes, "Bytes received from the sources";
     cached_bytes: Gauge = "cached" in Bytes, "Bytes of blocks held";

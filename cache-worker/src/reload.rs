@@ -15,6 +15,7 @@ use tokio::time::{sleep, timeout};
 use tracing::{error, info};
 
 use crate::{
+    budget,
     config::{ConfigError, DatasetConfig, read_datasets, read_table},
     notices, scan,
     worker::Worker,
@@ -134,6 +135,7 @@ pub(crate) async fn datasets(worker: Arc<Worker>, first: Option<Vec<DatasetConfi
             incomplete = applied.incomplete.then(Instant::now);
             for dataset in applied.opened {
                 worker.tasks.spawn(scan::coordinate(worker.clone(), dataset.clone()));
+                worker.tasks.spawn(budget::keep(worker.clone(), dataset.clone()));
                 worker.tasks.spawn(notices::supersedes(worker.clone(), dataset));
             }
             worker.datasets_loaded();

@@ -179,6 +179,7 @@ impl Worker {
             hit_bytes: m.hit_bytes.get(),
             miss_bytes: m.miss_bytes.get(),
             store_bytes: requests.bytes,
+            store_throttled: requests.throttled,
             store_gets: requests.gets,
             store_lists: requests.lists,
             store_heads: requests.heads,

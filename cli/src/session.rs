@@ -180,6 +180,7 @@ impl DatasetTotals {
             store_lists,
             store_heads,
             store_errors,
+            store_throttled,
             evicted_bytes,
             expired_bytes,
             bypassed_bytes,
@@ -209,6 +210,7 @@ impl DatasetTotals {
         sums.store_lists += store_lists;
         sums.store_heads += store_heads;
         sums.store_errors += store_errors;
+        sums.store_throttled += store_throttled;
         sums.evicted_bytes += evicted_bytes;
         sums.expired_bytes += expired_bytes;
         sums.bypassed_bytes += bypassed_bytes;

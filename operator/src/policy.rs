@@ -227,7 +227,10 @@ async fn finish(
     after.next_schedule_time = next.map(Time);
     let is_active = after.last_run.as_ref().is_some_and(|run| !run.has_ended());
     let kept: Vec<String> = after.last_run.iter().chain(&after.runs).map(|run| run.uid.clone()).collect();
-    publish(context, policy, before, after, trouble.as_ref(), now).await.map_err(doing("writing the status"))?;
+    let budget = found.dataset.as_ref().and_then(|dataset| dataset.spec.gets_per_second());
+    publish(context, policy, before, after, trouble.as_ref(), budget, now)
+        .await
+        .map_err(doing("writing the status"))?;
     // After the status: what is not in it is no longer needed, and not before.
     let api: Api<Job> = Api::namespaced(context.client.clone(), &policy.namespace().unwrap_or_default());
     for job in found.jobs.iter().filter(|job| job.end().is_some()) {

@@ -10,8 +10,9 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 /// How long a run is measured before its rate says when it ends.
 const MEASURED: Duration = Duration::from_secs(5);
 
-/// Why a run will miss its deadline, if that is what its limits or its rate say.
-pub fn at_risk(run: &Run, spec: &PreloadPolicySpec, now: Timestamp) -> Option<String> {
+/// Why a run will miss its deadline, if that is what its limits, the GET requests that the sources may get a second
+/// (`budget`) or its rate say.
+pub fn at_risk(run: &Run, spec: &PreloadPolicySpec, budget: Option<u64>, now: Timestamp) -> Option<String> {
     let deadline = Duration::from_secs(rules::seconds(spec.deadline.as_deref()?)?);
     let total = run.total_bytes.filter(|_| !run.has_ended())?;
     let left = deadline.saturating_sub(since(run.start_time.0, now)).as_secs();
@@ -23,9 +24,12 @@ pub fn at_risk(run: &Run, spec: &PreloadPolicySpec, now: Timestamp) -> Option<St
         return Some(format!("{bytes} bytes take {seconds} s by spec.limits.bandwidth, and {left} s are left"));
     }
     // At least one request for a file.
-    let requests = spec.limits.requests_per_second.map(u64::from);
-    if let Some(seconds) = requests.and_then(|limit| files.checked_div(limit)).filter(|seconds| *seconds > left) {
-        return Some(format!("{files} files take {seconds} s by spec.limits.requestsPerSecond, and {left} s are left"));
+    let own = spec.limits.requests_per_second.map(|limit| (u64::from(limit), "spec.limits.requestsPerSecond"));
+    let common = budget.map(|budget| (budget, "the request budgets of the Dataset's sources"));
+    if let Some((limit, name)) = own.into_iter().chain(common).min()
+        && let Some(seconds) = files.checked_div(limit).filter(|seconds| *seconds > left)
+    {
+        return Some(format!("{files} files take {seconds} s by {name}, and {left} s are left"));
     }
     let rate = run.bytes_per_second.filter(|_| since(run.start_time.0, now) >= MEASURED)?;
     let seconds = bytes.checked_div(rate).unwrap_or(u64::MAX);
@@ -101,6 +105,10 @@ mod tests {
     }
 
     fn risk(spec: Value, run: Value, now: i64) -> Option<String> {
+        risk_with(spec, run, None, now)
+    }
+
+    fn risk_with(spec: Value, run: Value, budget: Option<u64>, now: i64) -> Option<String> {
         let (mut spec, mut run) = (spec, run);
         spec["datasetRef"] = json!({"name": "d"});
         for (field, value) in
@@ -109,7 +117,7 @@ mod tests {
             run[field] = json!(value);
         }
         let (spec, run) = (serde_json::from_value(spec).unwrap(), serde_json::from_value(run).unwrap());
-        at_risk(&run, &spec, Timestamp::from_second(100 + now).unwrap())
+        at_risk(&run, &spec, budget, Timestamp::from_second(100 + now).unwrap())
     }
 
     #[test]
@@ -120,7 +128,15 @@ mod tests {
         assert_eq!(risk(bandwidth("20"), run.clone(), 0), None);
         assert!(risk(bandwidth("20"), run.clone(), 20).is_some());
         let requests = json!({"deadline": "5s", "limits": {"requestsPerSecond": 1}});
-        assert!(risk(requests, run.clone(), 0).is_some_and(|why| why.contains("10 files take 10 s")));
+        assert!(risk(requests.clone(), run.clone(), 0).is_some_and(|why| why.contains("10 files take 10 s by spec")));
+        // Whichever is less.
+        let budget = json!({"deadline": "4s", "limits": {"requestsPerSecond": 3}});
+        assert_eq!(risk_with(budget.clone(), run.clone(), Some(3), 0), None);
+        assert!(
+            risk_with(budget, run.clone(), Some(2), 0)
+                .is_some_and(|why| why.contains("10 files take 5 s by the request"))
+        );
+        assert!(risk_with(requests, run.clone(), Some(2), 0).is_some_and(|why| why.contains("by spec.limits")));
         // 50 s at its rate.
         let deadline = json!({"deadline": "52s"});
         assert_eq!((risk(deadline.clone(), run.clone(), 2), risk(json!({}), run.clone(), 2)), (None, None));

@@ -119,7 +119,7 @@ impl<O: Origin> Body<O> {
     async fn try_connect(&mut self) -> Result<Connection, Failure> {
         let wire = self.origin.wire();
         let Range { start, end } = self.rest;
-        let grant = wire.grant(&mut self.patience, end - start).await?;
+        let grant = wire.grant(&mut self.patience, Verb::Get, end - start).await?;
         // Digits and punctuation: always a header value.
         let range = HeaderValue::from_str(&format!("bytes={start}-{}", end - 1))
             .map_err(|error| Failure::fatal(StoreError::Invalid(error.to_string())))?;

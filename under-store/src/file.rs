@@ -55,10 +55,10 @@ struct Inner {
 }
 
 impl FileStore {
-    pub(crate) fn new(root: PathBuf, limits: &Limits) -> Self {
+    pub(crate) fn new(root: PathBuf, limits: &Limits, limiter: Limiter) -> Self {
         let inner = Inner {
             root,
-            limiter: Limiter::new(limits),
+            limiter,
             deadline: limits.deadline,
             requests: RequestCounters::default(),
             remainders: Mutex::default(),
@@ -114,7 +114,7 @@ impl UnderStore for FileStore {
             let opened = asked.clone();
             let work = move |inner: &Inner| opened.open(inner);
             let file = self.inner.retry(&mut patience, Verb::Get, Subject::Below, Arc::new(work)).await?;
-            let grant = self.inner.limiter.grant(&mut patience, range.end - range.start).await;
+            let grant = self.inner.limiter.admit(&mut patience, range.end - range.start).await;
             let grant = Arc::new(grant.map_err(|failure| failure.error)?);
             let reader =
                 Reader { inner: self.inner.clone(), asked, file: Arc::new(file), rest: range, patience, grant };
@@ -171,7 +171,7 @@ impl Inner {
         W: Fn(&Inner) -> Result<T, Failure> + Send + Sync + 'static,
     {
         loop {
-            let grant = self.limiter.grant(patience, 0).await.map_err(|failure| failure.error)?;
+            let grant = self.limiter.grant(patience, verb, 0).await.map_err(|failure| failure.error)?;
             self.requests.sent(verb);
             match self.block(patience, Arc::new(grant), work.clone()).await {
                 Ok(output) => {

@@ -43,6 +43,7 @@ use self::{
 };
 use crate::{
     ByteStream, Item, Limits, Page, Requests, StoreError, StoreFuture, UnderStore,
+    limits::Limiter,
     origin::{self, Origin},
     patience::{Failure, Patience},
     requests::Verb,
@@ -81,9 +82,9 @@ enum Depth {
 
 impl HttpStore {
     /// `root` has a slash at its end.
-    pub(crate) fn new(root: Url, limits: &Limits) -> Result<Self, StoreError> {
+    pub(crate) fn new(root: Url, limits: &Limits, limiter: Limiter) -> Result<Self, StoreError> {
         let propfind = Method::from_bytes(b"PROPFIND").map_err(|error| StoreError::Invalid(error.to_string()))?;
-        let wire = Wire::new(limits)?;
+        let wire = Wire::new(limits, limiter)?;
         let inner = Inner { wire, root, propfind, etags: OnceLock::new(), kept: Mutex::default() };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -210,7 +211,7 @@ impl Inner {
         target: &str,
         depth: Depth,
     ) -> Result<(Entry, Vec<(Vec<u8>, Entry)>), Failure> {
-        let _grant = self.wire.grant(patience, 0).await?;
+        let _grant = self.wire.grant(patience, verb, 0).await?;
         let depth = HeaderValue::from_static(if depth == Depth::Itself { "0" } else { "1" });
         let headers = HeaderMap::from_iter([
             (header::HeaderName::from_static("depth"), depth),
@@ -251,7 +252,7 @@ impl Inner {
             return Ok(*known);
         }
         let Some(listed) = state(entry, true) else { return Ok(true) };
-        let _grant = self.wire.grant(patience, 0).await?;
+        let _grant = self.wire.grant(patience, Verb::Head, 0).await?;
         let answered = match self.call(patience, Verb::Head, Method::HEAD, target, HeaderMap::new()).await {
             Ok(response) => State::of_headers(response.headers(), listed.size),
             Err(failure) => match failure.error {

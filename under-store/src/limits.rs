@@ -10,8 +10,9 @@ use tokio::{
 };
 
 use crate::{
-    StoreError,
+    Allowance, StoreError,
     patience::{Failure, Patience},
+    requests::Verb,
 };
 
 /// Bytes in flight are counted in units of 1 KiB: a semaphore hands out at most 2^32 permits at once.
@@ -62,9 +63,10 @@ impl Limits {
     }
 }
 
-/// Enforces [`Limits`]; waits are first come, first served.
+/// Enforces [`Limits`], and an [`Allowance`]; waits are first come, first served.
 #[derive(Debug)]
 pub(crate) struct Limiter {
+    allowance: Arc<Allowance>,
     requests: Arc<Semaphore>,
     bytes: Arc<Semaphore>,
     units: usize,
@@ -79,9 +81,10 @@ pub(crate) struct Grant {
 }
 
 impl Limiter {
-    pub(crate) fn new(limits: &Limits) -> Self {
+    pub(crate) fn new(limits: &Limits, allowance: Arc<Allowance>) -> Self {
         let units = (limits.bytes_in_flight / UNIT).clamp(1, MAX_UNITS.min(Semaphore::MAX_PERMITS));
         Self {
+            allowance,
             requests: Arc::new(Semaphore::new(limits.concurrency.clamp(1, Semaphore::MAX_PERMITS))),
             bytes: Arc::new(Semaphore::new(units)),
             units,
@@ -89,9 +92,26 @@ impl Limiter {
         }
     }
 
+    /// What others say of the rate.
+    pub(crate) fn allowance(&self) -> &Allowance {
+        &self.allowance
+    }
+
     /// Waits until a request for `bytes` may go out.
-    pub(crate) async fn grant(&self, patience: &mut Patience, bytes: u64) -> Result<Grant, Failure> {
-        let busy = |what| Failure::fatal(StoreError::Unavailable(format!("deadline passed while waiting for {what}")));
+    pub(crate) async fn grant(&self, patience: &mut Patience, verb: Verb, bytes: u64) -> Result<Grant, Failure> {
+        let grant = self.admit(patience, bytes).await?;
+        if let Some(rate) = &self.rate {
+            let wait = rate.reserve(patience.left()).ok_or_else(|| busy("the rate of requests"))?;
+            patience.wait(Duration::MAX, tokio::time::sleep(wait)).await;
+        }
+        // Last, so that what is lent for this moment goes out in this moment.
+        let taken = patience.wait(Duration::MAX, self.allowance.take(verb)).await;
+        taken.ok_or_else(|| busy("its share of the source's request budget"))?;
+        Ok(grant)
+    }
+
+    /// Waits until `bytes` more may be in flight, for a request that was counted.
+    pub(crate) async fn admit(&self, patience: &mut Patience, bytes: u64) -> Result<Grant, Failure> {
         // Bytes first: what waits for them must not hold a request that a listing could use.
         let in_flight = match bytes {
             0 => None,
@@ -104,12 +124,12 @@ impl Limiter {
         };
         let request = patience.wait(Duration::MAX, self.requests.clone().acquire_owned()).await;
         let request = request.and_then(Result::ok).ok_or_else(|| busy("other requests"))?;
-        if let Some(rate) = &self.rate {
-            let wait = rate.reserve(patience.left()).ok_or_else(|| busy("the rate of requests"))?;
-            patience.wait(Duration::MAX, tokio::time::sleep(wait)).await;
-        }
         Ok(Grant { _bytes: in_flight, _request: request })
     }
+}
+
+fn busy(what: &str) -> Failure {
+    Failure::fatal(StoreError::Unavailable(format!("deadline passed while waiting for {what}")))
 }
 
 /// A token bucket, kept as the time at which the next request is due.
@@ -164,27 +184,27 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn concurrency_and_bytes_bound_and_large_requests_pass() {
-        let limiter = Limiter::new(&limits());
+        let limiter = Limiter::new(&limits(), Arc::default());
         let second = Duration::from_secs(1);
-        let large = limiter.grant(&mut Patience::new(second), 1 << 40).await.unwrap();
-        assert!(limiter.grant(&mut Patience::new(second), 1).await.is_err());
-        let other = limiter.grant(&mut Patience::new(second), 0).await.unwrap();
-        assert!(limiter.grant(&mut Patience::new(second), 0).await.is_err());
+        let large = limiter.grant(&mut Patience::new(second), Verb::Get, 1 << 40).await.unwrap();
+        assert!(limiter.grant(&mut Patience::new(second), Verb::Get, 1).await.is_err());
+        let other = limiter.grant(&mut Patience::new(second), Verb::Get, 0).await.unwrap();
+        assert!(limiter.grant(&mut Patience::new(second), Verb::Get, 0).await.is_err());
         drop(large);
-        let _small = limiter.grant(&mut Patience::new(second), 1).await.unwrap();
+        let _small = limiter.grant(&mut Patience::new(second), Verb::Get, 1).await.unwrap();
         drop(other);
     }
 
     #[tokio::test(start_paused = true)]
     async fn requests_keep_their_rate() {
-        let limiter = Limiter::new(&Limits { requests_per_second: Some(20), ..limits() });
+        let limiter = Limiter::new(&Limits { requests_per_second: Some(20), ..limits() }, Arc::default());
         let start = Instant::now();
         for _ in 0..41 {
-            drop(limiter.grant(&mut Patience::new(Duration::from_secs(60)), 0).await.unwrap());
+            drop(limiter.grant(&mut Patience::new(Duration::from_secs(60)), Verb::Get, 0).await.unwrap());
         }
         let taken = start.elapsed();
         assert!((1900..=2100).contains(&taken.as_millis()), "{taken:?}");
-        assert!(limiter.grant(&mut Patience::new(Duration::ZERO), 0).await.is_err());
+        assert!(limiter.grant(&mut Patience::new(Duration::ZERO), Verb::Get, 0).await.is_err());
     }
 
     #[test]

@@ -22,16 +22,25 @@ pub(crate) struct RequestCounters {
     lists: AtomicU64,
     heads: AtomicU64,
     errors: AtomicU64,
+    throttled: AtomicU64,
     bytes: AtomicU64,
     problems: Mutex<Problems>,
 }
 
 /// What a request asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Verb {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Verb {
+    /// Bytes of an object.
     Get,
+    /// Names of objects.
     List,
+    /// An object's size and version.
     Head,
+}
+
+impl Verb {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Get, Self::List, Self::Head];
 }
 
 /// Why the last request of a kind failed, and when.
@@ -96,17 +105,23 @@ impl RequestCounters {
         listing.as_ref().or(reading.as_ref()).map(|(error, _)| error.clone())
     }
 
+    /// The store turned a request away because it gets too many.
+    pub(crate) fn turned_away(&self) {
+        self.throttled.fetch_add(1, Ordering::Relaxed);
+    }
+
     pub(crate) fn received(&self, bytes: usize) {
         self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
     pub(crate) fn snapshot(&self) -> Requests {
-        let Self { gets, lists, heads, errors, bytes, problems: _ } = self;
+        let Self { gets, lists, heads, errors, throttled, bytes, problems: _ } = self;
         Requests {
             gets: gets.load(Ordering::Relaxed),
             lists: lists.load(Ordering::Relaxed),
             heads: heads.load(Ordering::Relaxed),
             errors: errors.load(Ordering::Relaxed),
+            throttled: throttled.load(Ordering::Relaxed),
             bytes: bytes.load(Ordering::Relaxed),
         }
     }

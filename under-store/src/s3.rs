@@ -33,6 +33,7 @@ use self::{
 };
 use crate::{
     ByteStream, Item, Limits, Page, Requests, SourceSpec, StoreError, StoreFuture, UnderStore,
+    limits::Limiter,
     origin::{self, Origin},
     patience::{Failure, Patience},
     requests::Verb,
@@ -57,8 +58,14 @@ struct Inner {
 }
 
 impl S3Store {
-    pub(crate) fn new(spec: &SourceSpec, bucket: String, prefix: String, limits: &Limits) -> Result<Self, StoreError> {
-        let transport = Transport::new(spec, &bucket, limits)?;
+    pub(crate) fn new(
+        spec: &SourceSpec,
+        bucket: String,
+        prefix: String,
+        limits: &Limits,
+        limiter: Limiter,
+    ) -> Result<Self, StoreError> {
+        let transport = Transport::new(spec, &bucket, limits, limiter)?;
         Ok(Self { inner: Arc::new(Inner { transport, prefix }) })
     }
 }
@@ -154,7 +161,7 @@ impl Inner {
     }
 
     async fn try_list(&self, patience: &mut Patience, query: &Query<'_>) -> Result<listing::Reply, Failure> {
-        let _grant = self.transport.wire.grant(patience, 0).await?;
+        let _grant = self.transport.wire.grant(patience, Verb::List, 0).await?;
         let response = self.transport.call(patience, Call::list(query)).await?;
         let name = self.transport.name(query.prefix);
         let body = self.transport.wire.text(patience, Verb::List, &name, response, listing::MAX_REPLY).await?;
@@ -174,7 +181,7 @@ impl Origin for Inner {
     }
 
     async fn look_up(&self, patience: &mut Patience, key: &str) -> Result<State, Failure> {
-        let _grant = self.transport.wire.grant(patience, 0).await?;
+        let _grant = self.transport.wire.grant(patience, Verb::Head, 0).await?;
         let response = self.transport.call(patience, Call::object(Verb::Head, key)).await?;
         let size = content_length(response.headers());
         let size = size.ok_or_else(|| Failure::passing(format!("{}: no Content-Length", self.name(key))))?;

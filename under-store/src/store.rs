@@ -118,6 +118,8 @@ pub struct Requests {
     pub heads: u64,
     /// Requests that failed.
     pub errors: u64,
+    /// Those of them that the store turned away because they were too many (429 and 503).
+    pub throttled: u64,
     /// Bytes of bodies received.
     pub bytes: u64,
 }
@@ -126,12 +128,13 @@ impl Add for Requests {
     type Output = Self;
 
     fn add(self, other: Self) -> Self {
-        let Self { gets, lists, heads, errors, bytes } = other;
+        let Self { gets, lists, heads, errors, throttled, bytes } = other;
         Self {
             gets: self.gets + gets,
             lists: self.lists + lists,
             heads: self.heads + heads,
             errors: self.errors + errors,
+            throttled: self.throttled + throttled,
             bytes: self.bytes + bytes,
         }
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use forebay_protocol::errors::chain;
 use futures::StreamExt;
-use http::{HeaderMap, HeaderValue, header};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use object_store::{
     ClientOptions,
     client::{HttpClient, HttpConnector, HttpRequest, HttpResponse, ReqwestConnector},
@@ -36,7 +36,7 @@ pub(crate) struct Wire {
 }
 
 impl Wire {
-    pub(crate) fn new(limits: &Limits) -> Result<Self, StoreError> {
+    pub(crate) fn new(limits: &Limits, limiter: Limiter) -> Result<Self, StoreError> {
         let options = ClientOptions::new()
             .with_user_agent(HeaderValue::from_static(concat!("forebay/", env!("CARGO_PKG_VERSION"))))
             .with_allow_http(true)
@@ -47,7 +47,7 @@ impl Wire {
         let connected = ReqwestConnector::default().connect(&options);
         Ok(Self {
             client: connected.map_err(|error| StoreError::Invalid(format!("no HTTP client: {error}")))?,
-            limiter: Limiter::new(limits),
+            limiter,
             progress_timeout: limits.progress_timeout,
             deadline: limits.deadline,
             requests: RequestCounters::default(),
@@ -65,8 +65,8 @@ impl Wire {
     }
 
     /// Waits until a request that brings `bytes` may go out.
-    pub(crate) async fn grant(&self, patience: &mut Patience, bytes: u64) -> Result<Grant, Failure> {
-        self.limiter.grant(patience, bytes).await
+    pub(crate) async fn grant(&self, patience: &mut Patience, verb: Verb, bytes: u64) -> Result<Grant, Failure> {
+        self.limiter.grant(patience, verb, bytes).await
     }
 
     /// Sends a request about `name` and waits for the headers of its answer, whatever its status. The caller counts
@@ -82,7 +82,13 @@ impl Wire {
         let uri = request.uri().clone();
         let server = format!("{}://{}", uri.scheme_str().unwrap_or("http"), uri.authority().map_or("", |a| a.as_str()));
         match patience.wait(self.progress_timeout, self.client.execute(request)).await {
-            Some(Ok(response)) => Ok(response),
+            Some(Ok(response)) => {
+                if matches!(response.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
+                    self.requests.turned_away();
+                    self.limiter.allowance().throttled(verb, retry_after(response.headers()));
+                }
+                Ok(response)
+            }
             // Refused, reset, broken, not HTTP, a bad certificate: all of that passes when somebody mends the store.
             Some(Err(error)) => Err(Failure::passing(format!("{name} at {server}: {}", chain(&error)))),
             None => Err(Failure::passing(format!("{name}: no answer of {server} in time"))),
@@ -138,7 +144,7 @@ impl Wire {
 }
 
 /// What a status means for the caller; `text` says what happened, `headers` may say when to come back.
-pub(crate) fn of_status(status: http::StatusCode, headers: &HeaderMap, text: String) -> Failure {
+pub(crate) fn of_status(status: StatusCode, headers: &HeaderMap, text: String) -> Failure {
     let fatal = |error: fn(String) -> StoreError| Failure::fatal(error(text.clone()));
     match status.as_u16() {
         401 | 403 => fatal(StoreError::PermissionDenied),

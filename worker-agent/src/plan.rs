@@ -3,7 +3,9 @@
 use std::collections::{BTreeSet, HashMap};
 
 use forebay_api::{Addressing, CacheRuntime, Dataset, MemberState as ApiState, Source};
-use forebay_cache_worker::{DatasetConfig, DatasetsFile, Policy, SourceConfig, SourceProblem, TableFile, VolumeShape};
+use forebay_cache_worker::{
+    DatasetConfig, DatasetsFile, Policy, RequestBudget, SourceConfig, SourceProblem, TableFile, VolumeShape,
+};
 use forebay_protocol::{
     DatasetId,
     table::{Member, MemberState},
@@ -107,6 +109,12 @@ pub fn policy(policy: forebay_api::Policy) -> Policy {
 }
 
 /// As the worker is told it.
+pub fn request_budget(budget: forebay_api::RequestBudget) -> RequestBudget {
+    let forebay_api::RequestBudget { get_per_second, list_per_second, head_per_second } = budget;
+    RequestBudget { get_per_second, list_per_second, head_per_second }
+}
+
+/// As the worker is told it.
 pub fn shape(shape: forebay_api::VolumeShape) -> VolumeShape {
     match shape {
         forebay_api::VolumeShape::Auto => VolumeShape::Auto,
@@ -143,7 +151,12 @@ fn source_config(source: &Source, secrets: &HashMap<String, Credentials>) -> Sou
             Addressing::VirtualHost => S3Addressing::VirtualHost,
         }),
     });
-    SourceConfig { path: source.path.clone(), spec: SourceSpec { uri: source.uri.clone(), s3, credentials }, problem }
+    SourceConfig {
+        path: source.path.clone(),
+        spec: SourceSpec { uri: source.uri.clone(), s3, credentials },
+        request_budget: request_budget(source.request_budget.unwrap_or_default()),
+        problem,
+    }
 }
 
 #[cfg(test)]

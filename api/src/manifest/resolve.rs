@@ -212,6 +212,7 @@ impl<'a> Resolver<'a, '_> {
                 uri: source.uri,
                 s3: source.s3.map(|S3Options { endpoint, region, addressing }| S3 { endpoint, region, addressing }),
                 credentials,
+                request_budget: source.request_budget.unwrap_or_default(),
             });
             let ttl = spec.cache.ttl();
             Some(ValidatedDataset {

@@ -7,7 +7,8 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use forebay_protocol::DatasetPath;
-use forebay_under_store::{Limits, Requests, StoreError, UnderStore, open};
+use forebay_under_store::{Allowance, Limits, Requests, StoreError, UnderStore, Verb, open};
+use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, Semaphore},
     time::{sleep, timeout},
@@ -20,7 +21,10 @@ use super::{
     problem::{SourceProblem, reason},
     store::{NoStore, Replaceable},
 };
-use crate::{config::SourceConfig, fill::Pools};
+use crate::{
+    config::{RequestBudget, SourceConfig},
+    fill::Pools,
+};
 
 /// Sources that are asked at once. One that does not answer waits for as long as [`CHECK`].
 const CHECKS: usize = 64;
@@ -28,6 +32,8 @@ const CHECKS: usize = 64;
 const CHECK: Duration = Duration::from_secs(15);
 /// How often it is looked whether something is wrong, and asked while something is; between half and all of it.
 const PAUSE: Duration = Duration::from_secs(3);
+/// Part of a budget that a worker takes before it knows its share.
+const AT_FIRST: f64 = 1.0 / 32.0;
 
 /// What takes up sources.
 #[derive(Clone)]
@@ -46,9 +52,10 @@ impl SourceOpener {
     pub(super) fn open(&self, config: SourceConfig) -> Result<Arc<Source>, DatasetError> {
         let path = DatasetPath::parse(Bytes::copy_from_slice(config.path.as_bytes()))
             .map_err(|error| DatasetError::Path { path: config.path.clone(), source: error })?;
+        let allowance = Arc::new(Allowance::default());
         let opened = match &config.problem {
             Some(SourceProblem { reason: _, message }) => Err(StoreError::Unavailable(message.clone())),
-            None => open(&config.spec, &self.limits),
+            None => open(&config.spec, &self.limits, allowance.clone()),
         };
         let usable = opened.is_ok();
         let store = opened.unwrap_or_else(|error| Arc::new(NoStore(error)));
@@ -57,10 +64,13 @@ impl SourceOpener {
             store: Arc::new(Replaceable::new(store, replaced.clone())),
             pools: Arc::new(Pools::new(&self.limits)),
             path,
+            budget: Mutex::default(),
+            allowance,
             config,
             replaced,
             wanted: Notify::new(),
         });
+        source.set_budget(source.config.request_budget);
         if usable {
             let (kept, checks) = (source.clone(), self.checks.clone());
             self.tasks.spawn(async move { kept.replaced.run_until_cancelled(kept.keep_checked(&checks)).await });
@@ -70,17 +80,43 @@ impl SourceOpener {
 }
 
 /// A source.
-pub(super) struct Source {
-    pub(super) config: SourceConfig,
-    pub(super) path: DatasetPath,
+pub(crate) struct Source {
+    config: SourceConfig,
+    pub(crate) path: DatasetPath,
     pub(super) store: Arc<dyn UnderStore>,
     pub(super) pools: Arc<Pools>,
+    budget: Mutex<RequestBudget>,
+    /// This worker's share of the budget.
+    pub(crate) allowance: Arc<Allowance>,
     replaced: CancellationToken,
     /// It is to be asked once more.
     wanted: Notify,
 }
 
 impl Source {
+    /// Whether it is what is meant, but perhaps for its budget.
+    pub(super) fn is(&self, config: &SourceConfig) -> bool {
+        let SourceConfig { path, spec, request_budget: _, problem } = config;
+        (&self.config.path, &self.config.spec, &self.config.problem) == (path, spec, problem)
+    }
+
+    /// What all workers together may ask of it.
+    pub(crate) fn budget(&self) -> RequestBudget {
+        *self.budget.lock()
+    }
+
+    /// Another budget, of which somebody will lend it a share soon.
+    pub(super) fn set_budget(&self, budget: RequestBudget) {
+        let before = std::mem::replace(&mut *self.budget.lock(), budget);
+        for verb in Verb::ALL {
+            match (before.of(verb), budget.of(verb)) {
+                (None, Some(rate)) => self.allowance.lend(verb, rate * AT_FIRST, Duration::ZERO),
+                (Some(_), None) => self.allowance.unlimited(verb),
+                _ => {}
+            }
+        }
+    }
+
     /// What decides which objects are listed; credentials do not.
     pub(super) fn fingerprint(&self) -> u64 {
         let mut hasher = Xxh3::new();

@@ -7,9 +7,10 @@ use forebay_metadata::ScanState;
 use forebay_protocol::{
     DatasetId, FileVersion, VersionKey,
     worker::{
-        self as wire, FreeRequest, FreeResponse, InspectRequest, InspectResponse, LoadProgress, LoadRequest,
-        PinRequest, PruneRequest, PruneResponse, RefreshRequest, ScanProgress, StatusRequest, StatusResponse,
-        SupersedeRequest, SupersedeResponse, TableRequest, TableResponse, control_server::Control,
+        self as wire, FreeRequest, FreeResponse, InspectRequest, InspectResponse, LeaseRequest, LeaseResponse,
+        LoadProgress, LoadRequest, PinRequest, PruneRequest, PruneResponse, RefreshRequest, ScanProgress,
+        StatusRequest, StatusResponse, SupersedeRequest, SupersedeResponse, TableRequest, TableResponse,
+        control_server::Control,
     },
 };
 use parking_lot::Mutex;
@@ -23,6 +24,7 @@ use tonic::{Request, Response, Status, async_trait};
 
 use super::{Answers, dataset_of, to_status, within};
 use crate::{
+    budget,
     dataset::Dataset,
     load::{self, Found, Progress, Runs, Selection, TICK, Terms, WantedRun, path_of},
     notices, scan,
@@ -274,6 +276,15 @@ impl Control for ControlService {
             Ok(Response::new(SupersedeResponse {}))
         })
         .await
+    }
+
+    async fn lease(&self, request: Request<LeaseRequest>) -> Result<Response<LeaseResponse>, Status> {
+        let LeaseRequest { dataset, worker, wants } = request.into_inner();
+        let dataset = self.dataset(&dataset)?;
+        let leases = budget::lend(&dataset, &worker, &wants).ok_or_else(|| {
+            Status::failed_precondition("this worker does not share out the request budgets of the dataset")
+        })?;
+        Ok(Response::new(LeaseResponse { leases }))
     }
 
     async fn prune(&self, request: Request<PruneRequest>) -> Result<Response<PruneResponse>, Status> {

@@ -429,7 +429,7 @@ pub(crate) async fn http_of(worker: &TestWorker, path: &str) -> String {
 
 /// A source at a path.
 pub(crate) fn at(path: &str, spec: SourceSpec) -> SourceConfig {
-    SourceConfig { path: path.into(), spec, problem: None }
+    SourceConfig { path: path.into(), spec, request_budget: Default::default(), problem: None }
 }
 
 fn write_datasets(dir: &Path, datasets: &[DatasetConfig]) {

@@ -1,6 +1,7 @@
 //! Real workers in this process, a real S3 server, the real client; all on 127.0.0.1.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test stops where it cannot go on")]
 
+mod budget;
 mod control;
 mod disk;
 mod faults;

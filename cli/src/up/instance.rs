@@ -459,6 +459,7 @@ fn dataset_config(dataset: &ValidatedDataset, workers: u32) -> DatasetConfig {
                     session_token: credentials.session_token.clone(),
                 }),
             },
+            request_budget: forebay_worker_agent::request_budget(source.request_budget),
             problem: None,
         })
         .collect();

@@ -146,7 +146,8 @@ fn dataset_rows(session: &Session, views: &[RuntimeView]) -> Vec<Value> {
                 "corruptBlocks": sums.corrupt_blocks,
                 "versionConflicts": sums.version_conflicts,
                 "store": {"bytes": sums.store_bytes, "gets": sums.store_gets, "lists": sums.store_lists,
-                          "heads": sums.store_heads, "errors": sums.store_errors},
+                          "heads": sums.store_heads, "errors": sums.store_errors,
+                          "throttled": sums.store_throttled},
                 "sourceProblem": sums.source_problem,
             })
         })

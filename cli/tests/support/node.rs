@@ -289,7 +289,7 @@ fn datasets(store: &TestStore) -> DatasetsFile {
         id: DatasetId::local("uid", "of-the-object"),
         namespace: namespace.into(),
         name: name.into(),
-        sources: vec![SourceConfig { path: "/".into(), spec, problem: None }],
+        sources: vec![SourceConfig { path: "/".into(), spec, request_budget: Default::default(), problem: None }],
         policy: Policy::Hold,
         quota: None,
         shape: VolumeShape::Auto,

@@ -51,7 +51,7 @@ fn dataset(store: &TestStore) -> DatasetConfig {
         id: DatasetId(Uuid::try_parse(DATASET).unwrap()),
         namespace: "default".into(),
         name: "pictures".into(),
-        sources: vec![SourceConfig { path: "/".into(), spec, problem: None }],
+        sources: vec![SourceConfig { path: "/".into(), spec, request_budget: Default::default(), problem: None }],
         policy: Policy::Hold,
         quota: None,
         shape: VolumeShape::Auto,

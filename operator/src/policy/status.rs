@@ -81,29 +81,30 @@ fn findings(run: Option<&Run>, trouble: Option<&Trouble>) -> [Finding; 2] {
 }
 
 /// Whether the last run keeps its deadline; nothing where there is none.
-fn deadline(spec: &PreloadPolicySpec, run: Option<&Run>, now: Timestamp) -> Option<Finding> {
+fn deadline(spec: &PreloadPolicySpec, run: Option<&Run>, budget: Option<u64>, now: Timestamp) -> Option<Finding> {
     spec.deadline.as_ref()?;
     let finding = |risk, reason: &str, message: String| Some(Finding::new(DEADLINE_AT_RISK, risk, reason, message));
     let Some(run) = run.filter(|run| !run.has_ended()) else {
         return finding(false, "NoRun", "no run is under way".into());
     };
-    match at_risk(run, spec, now) {
+    match at_risk(run, spec, budget, now) {
         Some(why) => finding(true, "TooSlow", format!("run {}: {why}", run.name)),
         None => finding(false, "InTime", format!("run {} has its time", run.name)),
     }
 }
 
-/// Writes what changed.
+/// Writes what changed. `budget`: GET requests that the Dataset's sources may get a second.
 pub async fn publish(
     context: &Context,
     policy: &PreloadPolicy,
     before: &PreloadPolicyStatus,
     mut after: PreloadPolicyStatus,
     trouble: Option<&Trouble>,
+    budget: Option<u64>,
     now: Timestamp,
 ) -> Result<(), CallError> {
     let mut findings = findings(after.last_run.as_ref(), trouble).to_vec();
-    findings.extend(deadline(&policy.spec, after.last_run.as_ref(), now));
+    findings.extend(deadline(&policy.spec, after.last_run.as_ref(), budget, now));
     after.conditions = conditions::merge(&before.conditions, &findings, after.observed_generation, now);
     if after == *before {
         return Ok(());

@@ -330,6 +330,27 @@ pub(crate) async fn of_each_field_of_a_dataset(cluster: &Cluster) {
                 told,
                 "/datasets/0/sources/0/spec/s3/addressing",
             ),
+            passed(
+                "spec.sources[].requestBudget.getPerSecond",
+                "/sources/0/requestBudget/getPerSecond",
+                json!(500),
+                told,
+                "/datasets/0/sources/0/requestBudget/getPerSecond",
+            ),
+            passed(
+                "spec.sources[].requestBudget.listPerSecond",
+                "/sources/0/requestBudget/listPerSecond",
+                json!(20),
+                told,
+                "/datasets/0/sources/0/requestBudget/listPerSecond",
+            ),
+            passed(
+                "spec.sources[].requestBudget.headPerSecond",
+                "/sources/0/requestBudget/headPerSecond",
+                json!(50),
+                told,
+                "/datasets/0/sources/0/requestBudget/headPerSecond",
+            ),
             seen(
                 "spec.sync.mode",
                 "/sync",

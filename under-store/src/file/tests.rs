@@ -23,7 +23,7 @@ fn store(root: &Path) -> Arc<dyn UnderStore> {
 
 fn store_with(root: &Path, limits: &Limits) -> Arc<dyn UnderStore> {
     let uri = url::Url::from_file_path(root).unwrap().to_string();
-    open(&SourceSpec { uri, s3: None, credentials: None }, limits).unwrap()
+    open(&SourceSpec { uri, s3: None, credentials: None }, limits, Arc::default()).unwrap()
 }
 
 struct Directory {

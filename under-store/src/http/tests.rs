@@ -25,7 +25,7 @@ use crate::{
 };
 
 fn open(uri: String, limits: &Limits) -> Arc<dyn UnderStore> {
-    crate::open(&SourceSpec { uri, s3: None, credentials: None }, limits).unwrap()
+    crate::open(&SourceSpec { uri, s3: None, credentials: None }, limits, Arc::default()).unwrap()
 }
 
 /// A folder served by WebDAV, by a process of its own.

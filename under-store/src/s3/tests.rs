@@ -44,7 +44,7 @@ impl InProcess {
 
     fn open(&self, limits: &Limits) -> Arc<dyn UnderStore> {
         let spec = spec(&self.server.endpoint(), self.server.access_key(), self.server.secret_key(), self.prefix);
-        crate::open(&spec, limits).unwrap()
+        crate::open(&spec, limits, Arc::default()).unwrap()
     }
 
     /// An object, its version and its size.
@@ -82,7 +82,7 @@ impl Fixture for InProcess {
 
     fn denied(&self) -> Option<Arc<dyn UnderStore>> {
         let spec = spec(&self.server.endpoint(), self.server.access_key(), "wrong", self.prefix);
-        Some(crate::open(&spec, &Limits::patient()).unwrap())
+        Some(crate::open(&spec, &Limits::patient(), Arc::default()).unwrap())
     }
 }
 
@@ -145,7 +145,13 @@ impl Versity {
             .spawn()
             .unwrap();
         let endpoint = format!("http://127.0.0.1:{port}");
-        let transport = Transport::new(&spec(&endpoint, "key", "hush", ""), BUCKET, &Limits::patient()).unwrap();
+        let transport = Transport::new(
+            &spec(&endpoint, "key", "hush", ""),
+            BUCKET,
+            &Limits::patient(),
+            Limiter::new(&Limits::patient(), Arc::default()),
+        )
+        .unwrap();
         let versity = Self { process, _folder: folder, endpoint, transport };
         // Refused connections are tried again until it listens.
         versity.call(Call::create_bucket).await;
@@ -162,7 +168,7 @@ impl Versity {
 
 impl Fixture for Versity {
     fn store(&self) -> Arc<dyn UnderStore> {
-        crate::open(&spec(&self.endpoint, "key", "hush", ""), &Limits::patient()).unwrap()
+        crate::open(&spec(&self.endpoint, "key", "hush", ""), &Limits::patient(), Arc::default()).unwrap()
     }
 
     fn put<'a>(&'a self, key: &'a [u8], bytes: Bytes) -> BoxFuture<'a, ()> {
@@ -182,7 +188,7 @@ impl Fixture for Versity {
     }
 
     fn denied(&self) -> Option<Arc<dyn UnderStore>> {
-        Some(crate::open(&spec(&self.endpoint, "key", "wrong", ""), &Limits::patient()).unwrap())
+        Some(crate::open(&spec(&self.endpoint, "key", "wrong", ""), &Limits::patient(), Arc::default()).unwrap())
     }
 }
 
@@ -264,7 +270,7 @@ async fn what_is_wrong_with_a_source_is_told_apart_and_soon() {
     let (endpoint, id, secret) = (fixture.server.endpoint(), fixture.server.access_key(), fixture.server.secret_key());
     let kind = |error: StoreError| format!("{error:?}").split('(').next().unwrap().to_owned();
     let told = async |spec: SourceSpec| {
-        let store = crate::open(&spec, &Limits::hasty()).unwrap();
+        let store = crate::open(&spec, &Limits::hasty(), Arc::default()).unwrap();
         let checking = store.clone();
         let check = tokio::spawn(async move { checking.check().await });
         let start = Instant::now();
@@ -507,7 +513,8 @@ async fn many_readers_through_a_bad_network_get_the_right_bytes() {
 async fn a_store_that_is_not_there_is_unavailable() {
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let limits = Limits { deadline: Duration::from_millis(500), ..Limits::hasty() };
-    let store = crate::open(&spec(&format!("http://127.0.0.1:{port}"), "key", "hush", ""), &limits).unwrap();
+    let store =
+        crate::open(&spec(&format!("http://127.0.0.1:{port}"), "key", "hush", ""), &limits, Arc::default()).unwrap();
     let start = Instant::now();
     let error = store.head(b"k").await.unwrap_err();
     assert!(matches!(error, StoreError::Unavailable(_)), "{error}");
@@ -515,6 +522,6 @@ async fn a_store_that_is_not_there_is_unavailable() {
     let fixture = InProcess::start("").await;
     let mut spec = spec(&fixture.server.endpoint(), fixture.server.access_key(), fixture.server.secret_key(), "");
     spec.uri = "s3://another".to_owned();
-    let error = crate::open(&spec, &Limits::hasty()).unwrap().list(b"", None, 1).await.unwrap_err();
+    let error = crate::open(&spec, &Limits::hasty(), Arc::default()).unwrap().list(b"", None, 1).await.unwrap_err();
     assert!(matches!(error, StoreError::NotFound(_)), "{error}");
 }

@@ -15,6 +15,7 @@ use serde::Deserialize;
 use super::listing::Query;
 use crate::{
     Limits, S3Addressing, S3Credentials, SourceSpec, StoreError,
+    limits::Limiter,
     patience::{Failure, Patience},
     requests::Verb,
     wire::{self, Wire},
@@ -114,11 +115,11 @@ impl Call {
 }
 
 impl Transport {
-    pub(crate) fn new(spec: &SourceSpec, bucket: &str, limits: &Limits) -> Result<Self, StoreError> {
+    pub(crate) fn new(spec: &SourceSpec, bucket: &str, limits: &Limits, limiter: Limiter) -> Result<Self, StoreError> {
         let SourceSpec { uri, s3, credentials } = spec;
         let options = s3.clone().unwrap_or_default();
         let invalid = |why: String| StoreError::Invalid(format!("source '{uri}': {why}"));
-        let wire = Wire::new(limits)?;
+        let wire = Wire::new(limits, limiter)?;
         let (credentials, region) = match credentials {
             Some(S3Credentials { access_key_id, secret_access_key, session_token }) => {
                 let credential = AwsCredential {
