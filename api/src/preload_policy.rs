@@ -173,6 +173,20 @@ pub struct Select {
     #[x_kube(validation = Rule::from(rules::DURATION))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_age: Option<String>,
+    /// What is loaded, by name. Absent: everything below `path`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub manifest: Option<Manifest>,
+}
+
+/// Names of what is loaded, in the order in which it is.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Manifest {
+    /// A file of the dataset, such as `/lists/train.txt`, of at most 64 MiB: a line for each file or directory, with its path
+    /// below the dataset's root. What is not there has failed; an empty line is nothing.
+    #[schemars(length(max = rules::MAX_PATH))]
+    #[x_kube(validation = Rule::from(rules::PATH))]
+    pub path: String,
 }
 
 impl Default for Select {
@@ -185,6 +199,7 @@ impl Default for Select {
             max_size: None,
             min_age: None,
             max_age: None,
+            manifest: None,
         }
     }
 }

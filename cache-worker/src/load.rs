@@ -3,6 +3,7 @@
 //! The share is the chunks that placement gives to this worker. A file is counted by the owner of its first chunk, so
 //! that the sums over all workers are exact. The walk runs ahead of the loading, up to [`AHEAD`] chunks.
 
+mod manifest;
 mod runs;
 mod selection;
 
@@ -26,6 +27,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
+use self::manifest::Named;
 pub(crate) use self::{
     runs::{Runs, Wanted as WantedRun},
     selection::Selection,
@@ -146,7 +148,9 @@ impl Progress {
         }
     }
 
+    /// A file failed.
     fn fail(&self, reason: String) {
+        add(&self.failed_files, 1);
         let mut failures = self.failures.lock();
         if failures.len() < FAILURES {
             failures.push(reason);
@@ -227,13 +231,22 @@ pub(crate) async fn load(
     let epoch = worker.members.table().epoch;
     let class = terms.class(&worker.members);
     let loading = Loading { worker, dataset, terms, class, verifying: Semaphore::new(VERIFIED_AT_ONCE), progress };
-    let mut found = files(worker, dataset, path).await?;
+    let mut found = match selection.manifest() {
+        Some(manifest) => manifest::named(worker, dataset, manifest, path).await?.boxed(),
+        None => files(worker, dataset, path).await?.map(|found| found.map(Named::File)).boxed(),
+    };
     let (queue, queued) = mpsc::channel(AHEAD);
     let listing = async {
         while let Some(file) = found.next().await {
-            let file = file?;
-            if selection.holds(&file) {
-                list_share(worker, dataset, file, progress, &queue).await;
+            match file? {
+                Named::File(file) if selection.holds(&file) => {
+                    list_share(worker, dataset, file, progress, &queue).await;
+                }
+                Named::Missing(path) if manifest::counts(worker, dataset, &path) => {
+                    add(&progress.total_files, 1);
+                    progress.fail(format!("{path}: the manifest names it, and it is not there"));
+                }
+                Named::File(_) | Named::Missing(_) => {}
             }
         }
         if worker.members.table().epoch == epoch {
@@ -308,7 +321,6 @@ impl Loading<'_> {
             Ok(()) => add(&progress.done_bytes, bytes),
             Err(reason) => {
                 if !share.failed.swap(true, Ordering::AcqRel) {
-                    add(&progress.failed_files, 1);
                     progress.fail(format!("{}: {reason}", share.file.path));
                 }
             }

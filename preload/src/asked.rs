@@ -6,7 +6,7 @@ use jiff::{SignedDuration, Timestamp};
 
 /// Which files a run that begins now loads.
 pub fn selection(spec: &PreloadPolicySpec, begin: Timestamp) -> Result<Selection, QuantityError> {
-    let Select { path: _, include, exclude, min_size, max_size, min_age, max_age } = &spec.select;
+    let Select { path: _, include, exclude, min_size, max_size, min_age, max_age, manifest } = &spec.select;
     let before = |age: &Option<String>| Some(nanoseconds(modified(begin, age.as_deref()?)?));
     Ok(Selection {
         include: include.clone(),
@@ -15,6 +15,7 @@ pub fn selection(spec: &PreloadPolicySpec, begin: Timestamp) -> Result<Selection
         max_size: max_size.as_ref().map(Quantity::bytes).transpose()?,
         modified_after_ns: before(max_age),
         modified_before_ns: before(min_age),
+        manifest: manifest.as_ref().map(|manifest| manifest.path.clone().into()).unwrap_or_default(),
     })
 }
 

@@ -2,7 +2,7 @@
 
 use std::ops::{Range, RangeInclusive};
 
-use forebay_protocol::worker as wire;
+use forebay_protocol::{DatasetPath, worker as wire};
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 use tonic::Status;
 
@@ -23,18 +23,27 @@ pub(crate) struct Selection {
     sizes: RangeInclusive<u64>,
     /// Nanoseconds since 1970.
     modified: Range<i64>,
+    /// Where the files are named, if not by a walk.
+    manifest: Option<DatasetPath>,
 }
 
 impl Default for Selection {
     fn default() -> Self {
-        Self { include: None, exclude: GlobSet::empty(), sizes: 0..=u64::MAX, modified: i64::MIN..i64::MAX }
+        Self {
+            include: None,
+            exclude: GlobSet::empty(),
+            sizes: 0..=u64::MAX,
+            modified: i64::MIN..i64::MAX,
+            manifest: None,
+        }
     }
 }
 
 impl Selection {
     /// As asked for. `INVALID_ARGUMENT`, which names the pattern, when it cannot be understood.
     pub(crate) fn new(asked: &wire::Selection) -> Result<Self, Status> {
-        let wire::Selection { include, exclude, min_size, max_size, modified_after_ns, modified_before_ns } = asked;
+        let wire::Selection { include, exclude, min_size, max_size, modified_after_ns, modified_before_ns, manifest } =
+            asked;
         let max_size = max_size.unwrap_or(u64::MAX);
         if *min_size > max_size {
             let why = format!("no file has at least {min_size} and at most {max_size} bytes");
@@ -42,7 +51,14 @@ impl Selection {
         }
         let modified = modified_after_ns.unwrap_or(i64::MIN)..modified_before_ns.unwrap_or(i64::MAX);
         let include = if include.is_empty() { None } else { Some(globs("include", include)?) };
-        Ok(Self { include, exclude: globs("exclude", exclude)?, sizes: *min_size..=max_size, modified })
+        let manifest = (!manifest.is_empty()).then(|| DatasetPath::parse(manifest.clone())).transpose();
+        let manifest = manifest.map_err(|why| Status::invalid_argument(format!("manifest: {why}")))?;
+        Ok(Self { include, exclude: globs("exclude", exclude)?, sizes: *min_size..=max_size, modified, manifest })
+    }
+
+    /// The file of the dataset that names what is loaded.
+    pub(super) fn manifest(&self) -> Option<&DatasetPath> {
+        self.manifest.as_ref()
     }
 
     /// Whether a file is loaded.
@@ -77,7 +93,7 @@ fn globs(field: &str, patterns: &[String]) -> Result<GlobSet, Status> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test stops where it cannot go on")]
 mod tests {
-    use forebay_protocol::{DatasetPath, FileVersion, VersionKey};
+    use forebay_protocol::{FileVersion, VersionKey};
 
     use super::*;
 

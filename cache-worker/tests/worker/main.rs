@@ -9,6 +9,7 @@ mod garbage;
 mod harness;
 mod hung;
 mod lru;
+mod manifests;
 mod peers;
 mod reads;
 mod restarts;

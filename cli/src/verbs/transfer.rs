@@ -83,15 +83,19 @@ pub struct SelectionArgs {
     /// Only files that were modified before
     #[arg(long, value_name = "TIME")]
     modified_before: Option<Timestamp>,
+    /// Only what this file of the Dataset names, one path a line, in its order
+    #[arg(long, value_name = "PATH", value_parser = dataset_path)]
+    manifest: Option<DatasetPath>,
 }
 
 impl SelectionArgs {
     /// As workers are told.
     pub fn to_wire(&self) -> Selection {
-        let Self { include, exclude, min_size, max_size, modified_after, modified_before } = self.clone();
+        let Self { include, exclude, min_size, max_size, modified_after, modified_before, manifest } = self.clone();
         let (modified_after_ns, modified_before_ns) =
             (modified_after.map(nanoseconds), modified_before.map(nanoseconds));
-        Selection { include, exclude, min_size, max_size, modified_after_ns, modified_before_ns }
+        let manifest = manifest.map(|path| path.to_bytes()).unwrap_or_default();
+        Selection { include, exclude, min_size, max_size, modified_after_ns, modified_before_ns, manifest }
     }
 }
 

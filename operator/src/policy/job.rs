@@ -93,7 +93,7 @@ pub fn build(start: &Start<'_>, workers: &WorkerArgs) -> Job {
 }
 
 fn container(start: &Start<'_>, workers: &WorkerArgs) -> Container {
-    let Select { path, include, exclude, min_size, max_size, min_age, max_age } = &start.spec.select;
+    let Select { path, include, exclude, min_size, max_size, min_age, max_age, manifest } = &start.spec.select;
     let Limits { bandwidth, requests_per_second } = &start.spec.limits;
     let modified = |age: &Option<String>| asked::modified(start.now, age.as_deref()?);
     // Kubernetes replaces $(VARIABLE) in arguments.
@@ -112,6 +112,7 @@ fn container(start: &Start<'_>, workers: &WorkerArgs) -> Container {
     args.extend(max_size.iter().map(|size| format!("--max-size={}", size.as_str())));
     args.extend(modified(max_age).map(|time| format!("--modified-after={time}")));
     args.extend(modified(min_age).map(|time| format!("--modified-before={time}")));
+    args.extend(manifest.iter().map(|manifest| format!("--manifest={}", plain(&manifest.path))));
     args.extend((start.spec.load.pin == Apply::Always).then(|| "--pin".to_owned()));
     args.extend((start.spec.load.verify == Apply::Always).then(|| "--verify".to_owned()));
     args.extend(bandwidth.iter().map(|bytes| format!("--bandwidth={}", bytes.as_str())));
@@ -217,6 +218,7 @@ mod tests {
                 "spec.select.maxSize" => edited["select"] = json!({"maxSize": "1Ki"}),
                 "spec.select.minAge" => edited["select"] = json!({"minAge": "1h"}),
                 "spec.select.maxAge" => edited["select"] = json!({"maxAge": "1h"}),
+                "spec.select.manifest.path" => edited["select"] = json!({"manifest": {"path": "/list"}}),
                 "spec.load.pin" => edited["load"] = json!({"pin": "Always"}),
                 "spec.load.verify" => edited["load"] = json!({"verify": "Always"}),
                 "spec.limits.bandwidth" => edited["limits"] = json!({"bandwidth": "1Mi"}),
@@ -229,7 +231,7 @@ mod tests {
             assert_ne!(built("a", edited, "1"), before, "{}", row.field);
             count += 1;
         }
-        assert_eq!(count, 14);
+        assert_eq!(count, 15);
     }
 
     #[test]
