@@ -118,6 +118,8 @@ pub const EDITS: &[Edit] = &[
     takes(POLICY, "spec.select.minAge", NEXT_RUN),
     takes(POLICY, "spec.select.maxAge", NEXT_RUN),
     takes(POLICY, "spec.select.manifest.path", NEXT_RUN),
+    takes(POLICY, "spec.select.manifest.configMapRef.name", NEXT_RUN),
+    takes(POLICY, "spec.select.manifest.configMapRef.key", NEXT_RUN),
     takes(POLICY, "spec.load.pin", NEXT_RUN),
     takes(POLICY, "spec.load.verify", NEXT_RUN),
     takes(POLICY, "spec.limits.bandwidth", NEXT_RUN),

@@ -1,6 +1,6 @@
 //! Manifest files to validated specs: the same YAML that Kubernetes takes, without a cluster.
 //!
-//! A file holds documents of the kinds Dataset, CacheRuntime, PreloadPolicy and v1 Secret. Each is read into a tree that knows its
+//! A file holds documents of the kinds Dataset, CacheRuntime, PreloadPolicy, v1 Secret and v1 ConfigMap. Each is read into a tree that knows its
 //! lines (`node`), checked against the schema of its CRD and the rules of [`crate::rules`] (`structure`), turned into
 //! our types and resolved: a Dataset is joined with its runtime and its credentials (`resolve`).
 //!
@@ -54,6 +54,8 @@ pub struct ValidatedPolicy {
     pub name: String,
     /// What it asks for, of a Dataset of the manifest in the same namespace.
     pub spec: PreloadPolicySpec,
+    /// What the ConfigMap of its manifest says, if it has one.
+    pub manifest: Option<String>,
 }
 
 /// A CacheRuntime.

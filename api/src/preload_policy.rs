@@ -175,18 +175,37 @@ pub struct Select {
     pub max_age: Option<String>,
     /// What is loaded, by name. Absent: everything below `path`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub manifest: Option<Manifest>,
+    pub manifest: Option<ManifestRef>,
 }
 
-/// Names of what is loaded, in the order in which it is.
-#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Names of what is loaded, in the order in which it is: a line for each file or directory, with its path below the
+/// dataset's root. What is not there has failed; an empty line is nothing. Exactly one member is set.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[x_kube(validation = Rule::from(rules::ONE_MANIFEST))]
 #[serde(rename_all = "camelCase")]
-pub struct Manifest {
-    /// A file of the dataset, such as `/lists/train.txt`, of at most 64 MiB: a line for each file or directory, with its path
-    /// below the dataset's root. What is not there has failed; an empty line is nothing.
+pub struct ManifestRef {
+    /// A file of the dataset, such as `/lists/train.txt`, of at most 64 MiB.
     #[schemars(length(max = rules::MAX_PATH))]
     #[x_kube(validation = Rule::from(rules::PATH))]
-    pub path: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// A key of a ConfigMap in the same namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config_map_ref: Option<ConfigMapRef>,
+}
+
+/// A key of a ConfigMap.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ConfigMapRef {
+    /// Name of the ConfigMap.
+    #[schemars(length(max = 253))]
+    #[x_kube(validation = Rule::from(rules::SUBDOMAIN))]
+    pub name: String,
+    /// The key whose value has the lines.
+    #[schemars(length(max = 253))]
+    #[x_kube(validation = Rule::from(rules::CONFIG_KEY))]
+    pub key: String,
 }
 
 impl Default for Select {

@@ -51,6 +51,13 @@ pub(crate) const ONE_TRIGGER: Rule = (
     "[has(self.datasetReady), has(self.sourceChanged), has(self.schedule)].exists_one(trigger, trigger)",
     "must have exactly one of datasetReady, sourceChanged and schedule",
 );
+pub(crate) const ONE_MANIFEST: Rule =
+    ("has(self.path) != has(self.configMapRef)", "must have exactly one of path and configMapRef");
+/// A key of a ConfigMap, as Kubernetes takes it.
+pub(crate) const CONFIG_KEY: Rule = (
+    r"self.matches(r'^[-._a-zA-Z0-9]+$') && self != '.' && self != '..'",
+    "must be a key of a ConfigMap: letters, digits, '-', '_' and '.'",
+);
 pub(crate) const SYNC_INTERVAL: Rule = (
     "has(self.interval) == (has(self.mode) && self.mode == 'Periodic')",
     "interval goes with mode Periodic, and only with it",
@@ -229,6 +236,12 @@ pub fn is_http_uri_well_formed(uri: &str) -> bool {
 /// `URI_PLAIN`.
 pub fn is_uri_plain(uri: &str) -> bool {
     !uri.contains(|c: char| "?#%\\".contains(c) || c.is_ascii_control()) && !uri.ends_with(' ')
+}
+
+/// `CONFIG_KEY`.
+pub fn is_config_key(key: &str) -> bool {
+    let inner = |b: u8| b.is_ascii_alphanumeric() || b"-._".contains(&b);
+    !key.is_empty() && key.bytes().all(inner) && !matches!(key, "." | "..")
 }
 
 /// `ENDPOINT`.

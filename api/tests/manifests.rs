@@ -128,7 +128,7 @@ spec:
 #[test]
 fn a_policy_is_resolved_with_its_dataset() {
     let Manifest { policies, .. } = manifest::parse("m.yaml", &format!("{GOOD}{POLICY}")).unwrap();
-    let [ValidatedPolicy { namespace, name, spec }] = policies.as_slice() else { panic!("one policy") };
+    let [ValidatedPolicy { namespace, name, spec, manifest: None }] = policies.as_slice() else { panic!("one policy") };
     assert_eq!(
         (namespace.as_str(), name.as_str(), spec.dataset_ref.name.as_str()),
         ("vision", "before-work", "imagenet")
@@ -136,6 +136,25 @@ fn a_policy_is_resolved_with_its_dataset() {
     assert_eq!((spec.select.path.as_str(), spec.select.include.as_slice()), ("/", ["train/**".to_owned()].as_slice()));
     assert_eq!((spec.triggers.len(), spec.backoff_limit, spec.ttl_after_finished.as_str()), (2, 3, "1h"));
     assert_eq!((spec.concurrency_policy, spec.suspend), (ConcurrencyPolicy::Forbid, false));
+}
+
+/// What a policy may name.
+const LISTS: &str = "\
+---
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: lists, namespace: vision}
+data:
+  a: |
+    train/one
+    train/two
+";
+
+#[test]
+fn a_manifest_in_a_config_map_is_resolved() {
+    let policy = POLICY.replace("maxSize: 1Gi", "manifest: {configMapRef: {name: lists, key: a}}");
+    let Manifest { policies, .. } = manifest::parse("m.yaml", &format!("{GOOD}{policy}{LISTS}")).unwrap();
+    assert_eq!(policies[0].manifest.as_deref(), Some("train/one\ntrain/two\n"));
 }
 
 #[test]
@@ -166,6 +185,29 @@ fn bad_policies_are_refused_with_place_and_remedy() {
         ),
         ("['train/**']", "['']", "spec.select.include[0]", "is empty", "remove it"),
         ("maxSize: 1Gi", "maxSize: lots", "spec.select.maxSize", "no amount of bytes", "2Ti"),
+        ("maxSize: 1Gi", "manifest: {}", "spec.select.manifest", "exactly one of path", "configMapRef: {name"),
+        ("maxSize: 1Gi", "manifest: {path: lists/a}", "spec.select.manifest.path", "absolute path", "write it as /"),
+        (
+            "maxSize: 1Gi",
+            "manifest: {configMapRef: {name: lists, key: a/b}}",
+            "spec.select.manifest.configMapRef.key",
+            "must be a key of a ConfigMap",
+            "train.txt",
+        ),
+        (
+            "maxSize: 1Gi",
+            "manifest: {configMapRef: {name: none, key: a}}",
+            "spec.select.manifest.configMapRef.name",
+            "no ConfigMap 'none' in namespace 'vision'",
+            "add a v1 ConfigMap",
+        ),
+        (
+            "maxSize: 1Gi",
+            "manifest: {configMapRef: {name: lists, key: b}}",
+            "spec.select.manifest.configMapRef.key",
+            "ConfigMap 'lists' has no text 'b'",
+            "to the data",
+        ),
         ("maxSize: 1Gi", "maxAge: 1d", "spec.select.maxAge", "must be hours", "90s"),
         ("deadline: 2h", "load: {pin: Sometimes}", "spec.load.pin", "'Sometimes'", "Never, Always"),
         ("deadline: 2h", "limits: {bandwidth: fast}", "spec.limits.bandwidth", "no amount of bytes", "2Ti"),
@@ -176,7 +218,7 @@ fn bad_policies_are_refused_with_place_and_remedy() {
     ] {
         let bad = POLICY.replacen(from, to, 1);
         assert_ne!(bad, POLICY, "{field}: nothing was spoiled");
-        let errors = manifest::parse("bad.yaml", &format!("{GOOD}{bad}")).expect_err(field);
+        let errors = manifest::parse("bad.yaml", &format!("{GOOD}{bad}{LISTS}")).expect_err(field);
         assert_eq!(errors.len(), 1, "{errors:#?}");
         let error = &errors[0];
         assert!(error.field == field && error.message.contains(message) && error.remedy.contains(remedy), "{error:#?}");

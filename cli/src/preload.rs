@@ -68,7 +68,7 @@ pub async fn preload(args: PreloadArgs) -> anyhow::Result<ExitCode> {
     };
     let client = Client::of_service(config, service);
     let request =
-        Request { dataset, run, path: dataset_path(&path)?, selection: selection.to_wire(), terms: terms.to_wire() };
+        Request { dataset, run, path: dataset_path(&path)?, selection: selection.to_wire()?, terms: terms.to_wire() };
     // The first process of a container is not ended by a signal that it does not ask for.
     let mut stop = signal(SignalKind::terminate())?;
     let mut logged = None;

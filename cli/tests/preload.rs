@@ -91,6 +91,43 @@ async fn what_is_declared_is_loaded_before_it_is_read() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_is_named_is_loaded() {
+    if !can_mount() {
+        return;
+    }
+    let dir = test_dir();
+    let store = TestStore::start(Options { dir: Some(dir.path().to_owned()), ..Options::default() }).await;
+    fill(&store).await;
+    let lines = |files: &[u64]| files.iter().map(|file| format!("{}\n", name(*file))).collect::<String>();
+    store.put(BUCKET, "lists/three.txt", lines(&[9, 30, 17]).into()).await;
+    let manifest = dir.path().join("data.yaml");
+    let selecting = |name: &str, select: &str| {
+        policy(name, "  triggers: [{datasetReady: {}}]\n").replace("include: ['train/**/*.jpg']", select)
+    };
+    let documents = [
+        manifest_text(&Setup::default(), &store),
+        selecting("in-the-dataset", "manifest: {path: /lists/three.txt}"),
+        selecting("in-a-map", "manifest: {configMapRef: {name: lists, key: two}}"),
+        format!("---\napiVersion: v1\nkind: ConfigMap\nmetadata: {{name: lists}}\ndata:\n  two: '{}'\n", {
+            lines(&[1, 2]).replace('\n', "\n\n    ")
+        }),
+    ];
+    std::fs::write(&manifest, documents.concat()).unwrap();
+    let up = Up::start(&manifest, dir.path(), &Setup::default().arguments);
+    for (policy, files) in [("in-the-dataset", 3), ("in-a-map", 2)] {
+        eventually("the run", DEADLINE, || last_run(&up, policy)["phase"] == "Complete");
+        assert_eq!(last_run(&up, policy)["totalFiles"], files);
+    }
+    // The list in the Dataset is one more.
+    assert_eq!(store.counters().gets, 3 + 2 + 1);
+    let here = dir.path().join("here.txt");
+    std::fs::write(&here, lines(&[30, 31, 32])).unwrap();
+    up.json(&["load", "data", "--manifest-file", here.to_str().unwrap()]);
+    assert_eq!(store.counters().gets, 3 + 2 + 1 + 2);
+    up.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_run_that_cannot_be_complete_says_why() {
     if !can_mount() {
         return;

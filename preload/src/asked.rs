@@ -1,12 +1,14 @@
 //! What a policy asks of a run, as workers are told.
 
-use forebay_api::{Apply, Limits, Load, PreloadPolicySpec, Quantity, QuantityError, Select, rules};
-use forebay_protocol::worker::{LoadTerms, Selection};
+use forebay_api::{Apply, Limits, Load, ManifestRef, PreloadPolicySpec, Quantity, QuantityError, Select, rules};
+use forebay_protocol::worker::{LoadTerms, Selection, selection};
 use jiff::{SignedDuration, Timestamp};
 
 /// Which files a run that begins now loads.
 pub fn selection(spec: &PreloadPolicySpec, begin: Timestamp) -> Result<Selection, QuantityError> {
     let Select { path: _, include, exclude, min_size, max_size, min_age, max_age, manifest } = &spec.select;
+    // What is in a ConfigMap is told by who can read it.
+    let ManifestRef { path, config_map_ref: _ } = &manifest.clone().unwrap_or_default();
     let before = |age: &Option<String>| Some(nanoseconds(modified(begin, age.as_deref()?)?));
     Ok(Selection {
         include: include.clone(),
@@ -15,7 +17,7 @@ pub fn selection(spec: &PreloadPolicySpec, begin: Timestamp) -> Result<Selection
         max_size: max_size.as_ref().map(Quantity::bytes).transpose()?,
         modified_after_ns: before(max_age),
         modified_before_ns: before(min_age),
-        manifest: manifest.as_ref().map(|manifest| manifest.path.clone().into()).unwrap_or_default(),
+        manifest: path.clone().map(|path| selection::Manifest::ManifestPath(path.into())),
     })
 }
 

@@ -80,6 +80,12 @@ pub(super) const CHECKS: &[Check] = &[
         remedy: "write datasetReady: {}, sourceChanged: {} or schedule: {cron: 0 5 * * 1-5}, each as an item of its own",
     },
     Check {
+        rule: rules::ONE_MANIFEST,
+        holds: Holds::Object("", |manifest| manifest.has("path") != manifest.has("configMapRef")),
+        remedy: "write manifest: {path: /lists/train.txt} or manifest: {configMapRef: {name: lists, key: train.txt}}",
+    },
+    Check { rule: rules::CONFIG_KEY, holds: Holds::Text(rules::is_config_key), remedy: "write it as train.txt" },
+    Check {
         rule: rules::SYNC_INTERVAL,
         holds: Holds::Object("interval", |sync| sync.has("interval") == (sync.text("mode") == Some("Periodic"))),
         remedy: "write sync: {mode: Periodic, interval: 5m}, or sync: {mode: Snapshot}",

@@ -45,7 +45,7 @@ pub(super) fn resolve<'t>(
     for (index, (name, text)) in texts.into_iter().enumerate() {
         let (documents, unreadable) = node::read(text);
         if documents.is_empty() && unreadable.is_empty() {
-            let remedy = "write at least one object of kind Dataset, CacheRuntime, PreloadPolicy or Secret";
+            let remedy = "write at least one object of kind Dataset, CacheRuntime, PreloadPolicy, Secret or ConfigMap";
             errors.push((index, ManifestError::of_file(name, "holds no object", remedy)));
         }
         for syntax in unreadable {
@@ -89,7 +89,7 @@ pub(super) fn resolve<'t>(
             Kind::CacheRuntime => manifest.runtimes.extend(resolver.runtime(index)),
             Kind::Dataset => manifest.datasets.extend(resolver.dataset(index)),
             Kind::PreloadPolicy => manifest.policies.extend(resolver.policy(index)),
-            Kind::Secret => {}
+            Kind::Secret | Kind::ConfigMap => {}
         }
     }
 
@@ -233,6 +233,7 @@ impl<'a> Resolver<'a, '_> {
     fn policy(&mut self, index: usize) -> Option<ValidatedPolicy> {
         let object = &self.objects[index];
         let found = self.refers(index, "datasetRef", Kind::Dataset);
+        let lines = self.config_map_ref(index);
         let PreloadPolicy { metadata: _, spec, status: _ } = self.typed(index)?;
         if !found {
             return None;
@@ -241,8 +242,33 @@ impl<'a> Resolver<'a, '_> {
             namespace: object.namespace.to_owned(),
             name: name.to_owned(),
             spec,
+            manifest: lines,
         });
         self.built(index, built)
+    }
+
+    /// What the ConfigMap says that a policy's manifest names, if it names one.
+    fn config_map_ref(&mut self, index: usize) -> Option<String> {
+        let object = &self.objects[index];
+        let within = [Key("spec"), Key("select"), Key("manifest"), Key("configMapRef")];
+        let text = |field| object.root.find(&within)?.get(field).and_then(Node::text);
+        let (name, key) = (text("name")?, text("key")?);
+        let Some(map) = self.names.get(&(Kind::ConfigMap, object.namespace, name)) else {
+            if self.complete {
+                let message = format!("there is no ConfigMap {} in namespace {}", shown(name), shown(object.namespace));
+                let place = [&within[..], &[Key("name")]].concat();
+                self.report(index).at(&place, message, "add a v1 ConfigMap of this name, or name the file with path");
+            }
+            return None;
+        };
+        let lines = self.objects[*map].root.find(&[Key("data"), Key(key)]).and_then(Node::text);
+        // What can be no key was reported.
+        if lines.is_none() && rules::is_config_key(key) {
+            let message = format!("ConfigMap {} has no text {}", shown(name), shown(key));
+            let place = [&within[..], &[Key("key")]].concat();
+            self.report(index).at(&place, message, "add the key to the data of the ConfigMap");
+        }
+        lines.map(str::to_owned)
     }
 
     /// The document as our type, if nothing is wrong with it.

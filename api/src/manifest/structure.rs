@@ -25,10 +25,12 @@ pub(super) enum Kind {
     CacheRuntime,
     PreloadPolicy,
     Secret,
+    ConfigMap,
 }
 
 impl Kind {
-    pub(super) const ALL: [Kind; 4] = [Kind::Dataset, Kind::CacheRuntime, Kind::PreloadPolicy, Kind::Secret];
+    pub(super) const ALL: [Kind; 5] =
+        [Kind::Dataset, Kind::CacheRuntime, Kind::PreloadPolicy, Kind::Secret, Kind::ConfigMap];
 
     pub(super) fn name(self) -> &'static str {
         match self {
@@ -36,24 +38,26 @@ impl Kind {
             Kind::CacheRuntime => "CacheRuntime",
             Kind::PreloadPolicy => "PreloadPolicy",
             Kind::Secret => "Secret",
+            Kind::ConfigMap => "ConfigMap",
         }
     }
 
     pub(super) fn api_version(self) -> &'static str {
         match self {
             Kind::Dataset | Kind::CacheRuntime | Kind::PreloadPolicy => API_VERSION,
-            Kind::Secret => "v1",
+            Kind::Secret | Kind::ConfigMap => "v1",
         }
     }
 
     fn schema(self) -> &'static Schema {
-        static SCHEMAS: OnceLock<[Schema; 4]> = OnceLock::new();
-        let [dataset, runtime, policy, secret] = SCHEMAS.get_or_init(|| Kind::ALL.map(schema_of));
+        static SCHEMAS: OnceLock<[Schema; 5]> = OnceLock::new();
+        let [dataset, runtime, policy, secret, config_map] = SCHEMAS.get_or_init(|| Kind::ALL.map(schema_of));
         match self {
             Kind::Dataset => dataset,
             Kind::CacheRuntime => runtime,
             Kind::PreloadPolicy => policy,
             Kind::Secret => secret,
+            Kind::ConfigMap => config_map,
         }
     }
 }
@@ -64,7 +68,7 @@ fn schema_of(kind: Kind) -> Schema {
         Kind::Dataset | Kind::PreloadPolicy => vec![rules::LABEL],
         // What begins with a letter and is a label is what the API server takes.
         Kind::CacheRuntime => vec![rules::LABEL, rules::RUNTIME_NAME],
-        Kind::Secret => vec![rules::SUBDOMAIN],
+        Kind::Secret | Kind::ConfigMap => vec![rules::SUBDOMAIN],
     };
     let text_rules = |rules: &[Rule]| {
         rules.iter().map(|(rule, message)| json!({"rule": rule, "message": message})).collect::<Schema>()
@@ -99,6 +103,13 @@ fn schema_of(kind: Kind) -> Schema {
                 ("data", texts.clone()),
                 ("stringData", texts),
             ] {
+                schema["properties"][field] = value;
+            }
+        }
+        Kind::ConfigMap => {
+            for (field, value) in
+                [("immutable", json!({"type": "boolean"})), ("data", texts.clone()), ("binaryData", texts)]
+            {
                 schema["properties"][field] = value;
             }
         }

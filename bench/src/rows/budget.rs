@@ -16,7 +16,7 @@ use crate::{
 };
 
 const fn claim(phase: &'static str) -> Claim {
-    let claim = Claim::new("100 GET a second from a source", phase, Limit::AtLeast(0.9));
+    let claim = Claim::new("a source with a budget of 100 GET/s", phase, Limit::AtLeast(0.9));
     Claim { also: Some("and at most 1.05 in any minute"), ..claim }
 }
 

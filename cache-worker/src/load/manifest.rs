@@ -1,4 +1,4 @@
-//! Files that a file of the dataset names: one path a line, loaded in its order.
+//! Files that are named, by a file of the dataset or by the request: one path a line, loaded in this order.
 //!
 //! Nothing of the tree is walked but directories that are named. Every worker reads the manifest and looks up what it
 //! names, for only a file's version tells whose it is. What is named and not there has failed; one worker counts it.
@@ -10,7 +10,7 @@ use forebay_client::{ClientError, EntryKind};
 use forebay_protocol::{DatasetPath, identity::directory_placement_key};
 use futures::{Stream, StreamExt, stream};
 
-use super::{Found, files};
+use super::{Found, files, selection::ManifestAt};
 use crate::{dataset::Dataset, worker::Worker};
 
 /// Largest manifest: 1.5 million paths of 42 bytes. It is in memory while its load lasts, with 16 bytes for each line.
@@ -30,13 +30,13 @@ pub(super) enum Named {
 /// A manifest: paths that are valid, none of them twice or below another one.
 #[derive(Debug)]
 struct Manifest {
-    text: Vec<u8>,
+    text: Bytes,
     lines: Vec<Range<usize>>,
 }
 
 impl Manifest {
     /// The reason names the line.
-    fn parse(text: Vec<u8>) -> Result<Self, String> {
+    fn parse(text: Bytes) -> Result<Self, String> {
         let mut lines = Vec::new();
         let mut begin = 0;
         for (number, line) in text.split(|byte| *byte == b'\n').enumerate() {
@@ -88,19 +88,24 @@ fn path_of(below_root: &[u8]) -> Result<DatasetPath, forebay_protocol::InvalidPa
 pub(super) async fn named<'a>(
     worker: &'a Worker,
     dataset: &'a Dataset,
-    manifest: &DatasetPath,
+    manifest: &ManifestAt,
     path: &'a DatasetPath,
 ) -> Result<impl Stream<Item = Result<Named, ClientError>> + Send + Unpin + use<'a>, ClientError> {
-    let about = |error| match error {
-        ClientError::NotFound | ClientError::NotDirectory => {
-            ClientError::Invalid(format!("the manifest {manifest} is not there"))
+    let (text, name) = match manifest {
+        ManifestAt::File(at) => {
+            let about = |error| match error {
+                ClientError::NotFound | ClientError::NotDirectory => {
+                    ClientError::Invalid(format!("the manifest {at} is not there"))
+                }
+                other => other,
+            };
+            (read(worker, dataset, at).await.map_err(about)?.into(), format!("the manifest {at}"))
         }
-        other => other,
+        ManifestAt::Here(text) => (text.clone(), "the manifest".to_owned()),
     };
-    let text = read(worker, dataset, manifest).await.map_err(about)?;
     let parsed = tokio::task::spawn_blocking(|| Manifest::parse(text)).await;
     let parsed = parsed.map_err(|error| ClientError::Unavailable(error.to_string()))?;
-    let parsed = parsed.map_err(|why| ClientError::Invalid(format!("the manifest {manifest}, {why}")))?;
+    let parsed = parsed.map_err(|why| ClientError::Invalid(format!("{name}, {why}")))?;
     let found = stream::iter(parsed.paths().filter(|named| named.starts_with(path)))
         .map(move |named| async move {
             let found = files(worker, dataset, &named).await;
@@ -159,7 +164,7 @@ mod tests {
     use super::*;
 
     fn parse(text: &str) -> Result<Vec<String>, String> {
-        Ok(Manifest::parse(text.into())?.paths().map(|path| path.to_string()).collect())
+        Ok(Manifest::parse(text.to_owned().into())?.paths().map(|path| path.to_string()).collect())
     }
 
     #[test]

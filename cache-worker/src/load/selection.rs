@@ -2,6 +2,7 @@
 
 use std::ops::{Range, RangeInclusive};
 
+use bytes::Bytes;
 use forebay_protocol::{DatasetPath, worker as wire};
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 use tonic::Status;
@@ -24,7 +25,16 @@ pub(crate) struct Selection {
     /// Nanoseconds since 1970.
     modified: Range<i64>,
     /// Where the files are named, if not by a walk.
-    manifest: Option<DatasetPath>,
+    manifest: Option<ManifestAt>,
+}
+
+/// Where a manifest is.
+#[derive(Debug)]
+pub(super) enum ManifestAt {
+    /// In the dataset.
+    File(DatasetPath),
+    /// It came with the request.
+    Here(Bytes),
 }
 
 impl Default for Selection {
@@ -51,13 +61,21 @@ impl Selection {
         }
         let modified = modified_after_ns.unwrap_or(i64::MIN)..modified_before_ns.unwrap_or(i64::MAX);
         let include = if include.is_empty() { None } else { Some(globs("include", include)?) };
-        let manifest = (!manifest.is_empty()).then(|| DatasetPath::parse(manifest.clone())).transpose();
-        let manifest = manifest.map_err(|why| Status::invalid_argument(format!("manifest: {why}")))?;
+        let manifest = match manifest {
+            None => None,
+            Some(wire::selection::Manifest::ManifestText(text)) => Some(ManifestAt::Here(text.clone())),
+            Some(wire::selection::Manifest::ManifestPath(path)) => {
+                let path = DatasetPath::parse(path.clone());
+                Some(ManifestAt::File(
+                    path.map_err(|why| Status::invalid_argument(format!("path of the manifest: {why}")))?,
+                ))
+            }
+        };
         Ok(Self { include, exclude: globs("exclude", exclude)?, sizes: *min_size..=max_size, modified, manifest })
     }
 
-    /// The file of the dataset that names what is loaded.
-    pub(super) fn manifest(&self) -> Option<&DatasetPath> {
+    /// What names what is loaded.
+    pub(super) fn manifest(&self) -> Option<&ManifestAt> {
         self.manifest.as_ref()
     }
 

@@ -1,7 +1,7 @@
 //! Loads of what a file of the dataset names.
 
 use bytes::Bytes;
-use forebay_protocol::worker::{LoadProgress, LoadRequest, Selection};
+use forebay_protocol::worker::{LoadProgress, LoadRequest, Selection, selection};
 use futures::future::join_all;
 use tonic::{Code, Status};
 
@@ -24,7 +24,8 @@ async fn put_list(cluster: &Cluster, text: String) {
 
 async fn load(cluster: &Cluster, worker: usize, path: &'static str, at: &str) -> Result<LoadProgress, Status> {
     let mut control = cluster.client.control(&cluster.workers[worker].options.name).await.unwrap();
-    let selection = Selection { manifest: at.to_owned().into(), ..Selection::default() };
+    let manifest = Some(selection::Manifest::ManifestPath(at.to_owned().into()));
+    let selection = Selection { manifest, ..Selection::default() };
     let request = LoadRequest {
         dataset: cluster.id.to_bytes(),
         path: Bytes::from_static(path.as_bytes()),
@@ -78,11 +79,13 @@ async fn a_manifest_is_loaded_in_its_order() {
     let cluster = start(1).await;
     let order: Vec<u64> = (0..60).map(|at| (at * 37 + 11) % 60).collect();
     let lines = order.iter().map(|file| format!("train/{}/a b:{file} ü\n", file % 3));
-    put_list(&cluster, lines.collect()).await;
+    let text: Bytes = lines.collect::<String>().into();
+    cluster.refresh("/").await;
     // Slow, so that what is asked for can be seen: up to 32 chunks wait for their turn at once.
     let slow = forebay_protocol::worker::LoadTerms { requests_per_second: 5, ..Default::default() };
     let mut control = cluster.client.control("w-0").await.unwrap();
-    let selection = Selection { manifest: Bytes::from_static(b"/lists/one.txt"), ..Selection::default() };
+    let manifest = Some(selection::Manifest::ManifestText(text));
+    let selection = Selection { manifest, ..Selection::default() };
     let request = LoadRequest {
         dataset: cluster.id.to_bytes(),
         path: Bytes::from_static(b"/"),
@@ -114,7 +117,7 @@ async fn a_manifest_that_cannot_be_used_is_named() {
         ("/lists/two.txt", "the manifest /lists/two.txt is not there"),
         ("/train/1", "the manifest /train/1 is a directory"),
         ("/", "the root is no manifest"),
-        ("a", "manifest: "),
+        ("a", "path of the manifest: "),
     ] {
         let status = refusal(at).await;
         assert_eq!(status.code(), Code::InvalidArgument, "{status}");

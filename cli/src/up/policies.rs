@@ -18,7 +18,10 @@ use forebay_preload::{
     progress::{count, end, since},
     run::{self, Request},
 };
-use forebay_protocol::{DatasetId, worker::ScanState};
+use forebay_protocol::{
+    DatasetId,
+    worker::{ScanState, selection},
+};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use parking_lot::Mutex;
@@ -195,7 +198,10 @@ impl Runner {
     }
 
     async fn tries(&self, name: &str) -> Result<(), String> {
-        let selection = asked::selection(self.spec(), Timestamp::now()).map_err(|error| error.to_string())?;
+        let mut selection = asked::selection(self.spec(), Timestamp::now()).map_err(|error| error.to_string())?;
+        if let Some(lines) = &self.policy.manifest {
+            selection.manifest = Some(selection::Manifest::ManifestText(lines.clone().into()));
+        }
         let terms = asked::terms(self.spec()).map_err(|error| error.to_string())?;
         let path = dataset_path(&self.spec().select.path).map_err(|error| format!("{error:#}"))?;
         let request = Request { dataset: self.dataset, run: name.to_owned(), path, selection, terms };

@@ -1,8 +1,13 @@
 //! `forebay load`, `pin`, `free` and `refresh`: what moves or forgets bytes, with progress.
 
-use std::{collections::BTreeMap, process::ExitCode};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use anyhow::{Context, bail};
+use bytes::Bytes;
 use clap::Args;
 use forebay_preload::{asked::nanoseconds, run::sum};
 use forebay_protocol::{
@@ -11,7 +16,7 @@ use forebay_protocol::{
     placement::Placement,
     worker::{
         FreeRequest, LoadProgress, LoadRequest, LoadTerms, PinRequest, RefreshRequest, ScanProgress, ScanState,
-        Selection,
+        Selection, selection,
     },
 };
 use futures::{StreamExt as _, future::join_all, stream};
@@ -62,6 +67,9 @@ impl LoadArgs {
     }
 }
 
+/// Most bytes of a manifest that goes with a request: half of what workers take.
+const MAX_MANIFEST: u64 = 4 << 20;
+
 /// Which files below a path.
 #[derive(Clone, Debug, Args)]
 pub struct SelectionArgs {
@@ -84,19 +92,39 @@ pub struct SelectionArgs {
     #[arg(long, value_name = "TIME")]
     modified_before: Option<Timestamp>,
     /// Only what this file of the Dataset names, one path a line, in its order
-    #[arg(long, value_name = "PATH", value_parser = dataset_path)]
+    #[arg(long, value_name = "PATH", value_parser = dataset_path, conflicts_with = "manifest_file")]
     manifest: Option<DatasetPath>,
+    /// Only what this file here names, of at most 4 MiB
+    #[arg(long, value_name = "FILE")]
+    manifest_file: Option<PathBuf>,
 }
 
 impl SelectionArgs {
     /// As workers are told.
-    pub fn to_wire(&self) -> Selection {
-        let Self { include, exclude, min_size, max_size, modified_after, modified_before, manifest } = self.clone();
+    pub fn to_wire(&self) -> anyhow::Result<Selection> {
+        let Self { include, exclude, min_size, max_size, modified_after, modified_before, manifest, manifest_file } =
+            self.clone();
         let (modified_after_ns, modified_before_ns) =
             (modified_after.map(nanoseconds), modified_before.map(nanoseconds));
-        let manifest = manifest.map(|path| path.to_bytes()).unwrap_or_default();
-        Selection { include, exclude, min_size, max_size, modified_after_ns, modified_before_ns, manifest }
+        let here = manifest_file.map(|file| read_manifest(&file)).transpose()?;
+        let manifest = match (manifest, here) {
+            (Some(path), _) => Some(selection::Manifest::ManifestPath(path.to_bytes())),
+            (None, here) => here.map(selection::Manifest::ManifestText),
+        };
+        Ok(Selection { include, exclude, min_size, max_size, modified_after_ns, modified_before_ns, manifest })
     }
+}
+
+fn read_manifest(file: &Path) -> anyhow::Result<Bytes> {
+    let about = || format!("reading the manifest {}", file.display());
+    let size = std::fs::metadata(file).with_context(about)?.len();
+    if size > MAX_MANIFEST {
+        bail!(
+            "the manifest {} has {size} bytes, more than {MAX_MANIFEST}: put it into the Dataset, and name it there with --manifest",
+            file.display()
+        );
+    }
+    Ok(std::fs::read(file).with_context(about)?.into())
 }
 
 /// How files are loaded.
@@ -154,7 +182,7 @@ pub async fn load(global: Global, args: LoadArgs) -> anyhow::Result<ExitCode> {
     let request = LoadRequest {
         dataset: session.record.id.to_bytes(),
         path: path.to_bytes(),
-        selection: Some(selection.to_wire()),
+        selection: Some(selection.to_wire()?),
         terms: Some(terms.to_wire()),
         ..LoadRequest::default()
     };

@@ -28,6 +28,15 @@ fn run_by(env: &Env, ns: &str, name: &str, trigger: &str, phase: &str) -> anyhow
     })
 }
 
+/// Waits for the end of a run before which so many have ended.
+fn run_by_request(env: &Env, ns: &str, name: &str, before: usize) -> anyhow::Result<Value> {
+    eventually(&format!("another run of {name}"), RUN, || {
+        let status = env.kubectl.get(ns, "preloadpolicy", name)?["status"].clone();
+        let (run, runs) = (&status["lastRun"], status["runs"].as_array().map_or(0, Vec::len));
+        Ok((runs == before && run["phase"] == "Complete").then(|| run.clone()))
+    })
+}
+
 /// A run that loaded these files, all of them and no others.
 fn is_all(run: &Value, files: &[File]) -> anyhow::Result<()> {
     let (count, bytes) = (files.len(), data::bytes(files));
@@ -89,6 +98,16 @@ pub fn preloads_start_by_each_trigger(env: &Env, ns: &str) -> TestResult {
     let history = env.kubectl.get(ns, "plp", "part")?["status"]["runs"].clone();
     let phases: Vec<String> = history.as_array().context("runs")?.iter().map(|run| text(&run["phase"])).collect();
     ensure!(phases == ["Failed", "Complete"], "{history}");
+
+    // What a ConfigMap names is loaded, and nothing else.
+    let named = &files[..3];
+    let lines: String = named.iter().map(|file| format!("      {}\n", file.path)).collect();
+    let lists = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: lists}\ndata:\n  one.txt: |\n";
+    env.kubectl.apply(ns, &format!("{lists}{lines}"))?;
+    let select = r#"{"include": [], "manifest": {"configMapRef": {"name": "lists", "key": "one.txt"}}}"#;
+    env.kubectl.patch(ns, "plp", "part", &format!(r#"{{"spec": {{"select": {select}}}}}"#))?;
+    ask("part", "4")?;
+    is_all(&run_by_request(env, ns, "part", 3)?, named)?;
 
     // What comes at the source is loaded, too.
     let dataset = || Ok::<_, anyhow::Error>(env.kubectl.get(ns, "dataset", "data")?["status"].clone());

@@ -1,11 +1,16 @@
 //! The Job of a run. Pure.
 
-use forebay_api::{Apply, Limits, PreloadPolicy, PreloadPolicySpec, RunTrigger, Select, rules, service_address};
+use forebay_api::{
+    Apply, ConfigMapRef, Limits, PreloadPolicy, PreloadPolicySpec, RunTrigger, Select, rules, service_address,
+};
 use forebay_preload::{asked, due::Past};
 use k8s_openapi::{
     api::{
         batch::v1::{Job, JobSpec},
-        core::v1::{Container, EnvVar, PodSpec, PodTemplateSpec, ResourceRequirements},
+        core::v1::{
+            ConfigMapVolumeSource, Container, EnvVar, KeyToPath, PodSpec, PodTemplateSpec, ResourceRequirements,
+            Volume, VolumeMount,
+        },
     },
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
     jiff::Timestamp,
@@ -22,6 +27,9 @@ use crate::{
 const MAX_PREFIX: usize = 43;
 /// Annotation with what started the run.
 const TRIGGER: &str = "forebay.io/trigger";
+/// Where the ConfigMap with a manifest is mounted, and the name of its key there.
+const MANIFEST: &str = "/etc/forebay/manifest";
+const LINES: &str = "lines";
 /// How long the pod may take to end. It keeps nothing.
 const GRACE_SECONDS: i64 = 5;
 
@@ -82,7 +90,7 @@ pub fn build(start: &Start<'_>, workers: &WorkerArgs) -> Job {
                     image_pull_secrets: pods::pull_secrets(workers),
                     security_context: Some(pods::restricted_pod()),
                     containers: vec![container(start, workers)],
-                    volumes: Some(vec![pods::key_volume(start.runtime)]),
+                    volumes: Some([pods::key_volume(start.runtime)].into_iter().chain(manifest_volume(spec)).collect()),
                     ..PodSpec::default()
                 }),
             },
@@ -90,6 +98,26 @@ pub fn build(start: &Start<'_>, workers: &WorkerArgs) -> Job {
         }),
         status: None,
     }
+}
+
+/// The ConfigMap with the manifest, if the run has one.
+fn manifest_volume(spec: &PreloadPolicySpec) -> Option<Volume> {
+    let ConfigMapRef { name, key } = spec.select.manifest.as_ref()?.config_map_ref.clone()?;
+    let item = KeyToPath { key, path: LINES.into(), mode: None };
+    Some(Volume {
+        name: "manifest".into(),
+        config_map: Some(ConfigMapVolumeSource { name, items: Some(vec![item]), ..ConfigMapVolumeSource::default() }),
+        ..Volume::default()
+    })
+}
+
+fn manifest_mount(spec: &PreloadPolicySpec) -> Option<VolumeMount> {
+    manifest_volume(spec).map(|volume| VolumeMount {
+        read_only: Some(true),
+        name: volume.name,
+        mount_path: MANIFEST.into(),
+        ..VolumeMount::default()
+    })
 }
 
 fn container(start: &Start<'_>, workers: &WorkerArgs) -> Container {
@@ -112,7 +140,9 @@ fn container(start: &Start<'_>, workers: &WorkerArgs) -> Container {
     args.extend(max_size.iter().map(|size| format!("--max-size={}", size.as_str())));
     args.extend(modified(max_age).map(|time| format!("--modified-after={time}")));
     args.extend(modified(min_age).map(|time| format!("--modified-before={time}")));
-    args.extend(manifest.iter().map(|manifest| format!("--manifest={}", plain(&manifest.path))));
+    let manifest = manifest.clone().unwrap_or_default();
+    args.extend(manifest.path.iter().map(|path| format!("--manifest={}", plain(path))));
+    args.extend(manifest.config_map_ref.iter().map(|_| format!("--manifest-file={MANIFEST}/{LINES}")));
     args.extend((start.spec.load.pin == Apply::Always).then(|| "--pin".to_owned()));
     args.extend((start.spec.load.verify == Apply::Always).then(|| "--verify".to_owned()));
     args.extend(bandwidth.iter().map(|bytes| format!("--bandwidth={}", bytes.as_str())));
@@ -132,7 +162,7 @@ fn container(start: &Start<'_>, workers: &WorkerArgs) -> Container {
             claims: None,
         }),
         security_context: Some(pods::restricted()),
-        volume_mounts: Some(vec![pods::key_mount()]),
+        volume_mounts: Some([pods::key_mount()].into_iter().chain(manifest_mount(start.spec)).collect()),
         ..Container::default()
     }
 }
@@ -205,6 +235,7 @@ mod tests {
     fn each_edit_of_what_a_run_does_changes_its_job() {
         let spec = || json!({"datasetRef": {"name": "d"}, "deadline": "1h"});
         let before = built("a", spec(), "1");
+        let manifest = |name: &str, key: &str| json!({"manifest": {"configMapRef": {"name": name, "key": key}}});
         let rows = EDITS.iter().filter(|edit| edit.kind == "PreloadPolicy");
         let rows = rows.filter(|edit| edit.effect.is_some_and(|effect| effect.starts_with("The next run")));
         let mut count = 0;
@@ -219,6 +250,15 @@ mod tests {
                 "spec.select.minAge" => edited["select"] = json!({"minAge": "1h"}),
                 "spec.select.maxAge" => edited["select"] = json!({"maxAge": "1h"}),
                 "spec.select.manifest.path" => edited["select"] = json!({"manifest": {"path": "/list"}}),
+                "spec.select.manifest.configMapRef.name" => edited["select"] = manifest("lists", "a"),
+                "spec.select.manifest.configMapRef.key" => {
+                    let run = |key: &str| {
+                        let spec = json!({"datasetRef": {"name": "d"}, "select": manifest("lists", key)});
+                        built("a", spec, "1")
+                    };
+                    assert_ne!(run("a"), run("b"));
+                    edited["select"] = manifest("lists", "b");
+                }
                 "spec.load.pin" => edited["load"] = json!({"pin": "Always"}),
                 "spec.load.verify" => edited["load"] = json!({"verify": "Always"}),
                 "spec.limits.bandwidth" => edited["limits"] = json!({"bandwidth": "1Mi"}),
@@ -231,7 +271,7 @@ mod tests {
             assert_ne!(built("a", edited, "1"), before, "{}", row.field);
             count += 1;
         }
-        assert_eq!(count, 15);
+        assert_eq!(count, 17);
     }
 
     #[test]
