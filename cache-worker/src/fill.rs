@@ -37,7 +37,7 @@ use std::{
 
 use forebay_cache_store::ChunkStore;
 use forebay_protocol::{BLOCK_SIZE, CHUNK_SIZE, ChunkKey, DatasetPath, FileVersion, frame::FailureCode};
-use forebay_under_store::{Limits, StoreError};
+use forebay_under_store::{Allowance, Limits, StoreError, Verb};
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -158,18 +158,21 @@ pub(crate) struct Pools {
     background: Arc<Semaphore>,
     /// How long a fetch waits for its turn.
     wait: Duration,
+    /// What may be asked of the source in a second.
+    allowance: Arc<Allowance>,
 }
 
 impl Pools {
     /// Shares out a source's requests: an eighth is left for listings, half of the rest goes to each class. The
     /// background gets no more than fit into half of the source's bytes in flight.
-    pub(crate) fn new(limits: &Limits) -> Self {
+    pub(crate) fn new(limits: &Limits, allowance: Arc<Allowance>) -> Self {
         let share = ((limits.concurrency - limits.concurrency / 8) / 2).max(1);
         let fitting = limits.bytes_in_flight / 2 / (MAX_RUN_BLOCKS as usize * BLOCK_SIZE as usize);
         Self {
             demand: Arc::new(Semaphore::new(share)),
             background: Arc::new(Semaphore::new(share.min(fitting.max(1)))),
             wait: limits.deadline,
+            allowance,
         }
     }
 }

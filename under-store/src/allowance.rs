@@ -2,6 +2,7 @@
 //! moment, and how long it wants to be left alone.
 
 use std::{
+    future::Future,
     sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
@@ -9,7 +10,7 @@ use std::{
 use parking_lot::Mutex;
 use tokio::{
     sync::{Mutex as Turn, Notify},
-    time::{Instant, sleep_until},
+    time::{Instant, timeout_at},
 };
 
 use crate::requests::Verb;
@@ -54,7 +55,7 @@ impl Allowance {
         bucket.refill(|state, now| {
             let before = state.lease.replace(Lease { rate: rate.max(0.0), until: now + time });
             if before.is_none() {
-                state.tokens = 1.0;
+                (state.tokens, state.kept) = (1.0, 0);
             }
         });
     }
@@ -78,8 +79,8 @@ impl Allowance {
         let now = Instant::now();
         Usage {
             wanted: bucket.wanted.load(Ordering::Relaxed),
-            // The first in the line holds the turn for as long as it waits.
-            waiting: bucket.turn.try_lock().is_err(),
+            // The first in a line holds these for as long as it waits.
+            waiting: bucket.turn.try_lock().is_err() || bucket.spare.try_lock().is_err(),
             throttled: bucket.throttled.load(Ordering::Relaxed),
             hold: state.hold.map_or(Duration::ZERO, |until| until.saturating_duration_since(now)),
             rate: state.rate(now),
@@ -94,6 +95,26 @@ impl Allowance {
         }
     }
 
+    /// Waits until a request may go out for which nobody is in a hurry: after all for which somebody is. Its place is kept for
+    /// whichever request comes next. There is no deadline: it takes as long as it takes.
+    pub async fn wait_spare(&self, verb: Verb) {
+        let bucket = self.bucket(verb);
+        let _next = bucket.spare.lock().await;
+        loop {
+            let changed = bucket.changed.notified();
+            // Held for a moment only: who is in a hurry holds it while it waits.
+            let turn = bucket.turn.lock().await;
+            let wait = bucket.try_take();
+            match wait {
+                Ok(()) => return bucket.state.lock().keep(),
+                Err(at) => {
+                    drop(turn);
+                    wait_until(at, changed).await;
+                }
+            }
+        }
+    }
+
     /// Waits until a request may go out.
     pub(crate) async fn take(&self, verb: Verb) {
         let bucket = self.bucket(verb);
@@ -103,11 +124,7 @@ impl Allowance {
             let changed = bucket.changed.notified();
             match bucket.try_take() {
                 Ok(()) => return,
-                Err(Some(at)) => tokio::select! {
-                    () = sleep_until(at) => {}
-                    () = changed => {}
-                },
-                Err(None) => changed.await,
+                Err(at) => wait_until(at, changed).await,
             }
         }
     }
@@ -121,6 +138,14 @@ impl Allowance {
     }
 }
 
+/// Waits for a time, or for a change.
+async fn wait_until(at: Option<Instant>, changed: impl Future<Output = ()>) {
+    match at {
+        Some(at) => drop(timeout_at(at, changed).await),
+        None => changed.await,
+    }
+}
+
 #[derive(Debug, Default)]
 struct Bucket {
     wanted: AtomicU64,
@@ -128,6 +153,8 @@ struct Bucket {
     state: Mutex<State>,
     /// Whoever has it is the next to go; tokio's lock is fair.
     turn: Turn<()>,
+    /// The same for those that are in no hurry.
+    spare: Turn<()>,
     /// The rate changed.
     changed: Notify,
 }
@@ -138,6 +165,8 @@ struct State {
     /// What may go out at once, as of `at`.
     tokens: f64,
     at: Option<Instant>,
+    /// Tokens that were taken for requests that are still to come.
+    kept: u32,
     hold: Option<Instant>,
 }
 
@@ -150,6 +179,12 @@ struct Lease {
 impl State {
     fn rate(&self, now: Instant) -> Option<f64> {
         self.lease.map(|Lease { rate, until }| if now < until { rate } else { rate / 2.0 })
+    }
+
+    /// Keeps a token that was taken for whoever comes next.
+    fn keep(&mut self) {
+        // Without a limit there is nothing to keep.
+        self.kept += u32::from(self.lease.is_some());
     }
 
     /// Adds what came since the last time.
@@ -181,6 +216,10 @@ impl Bucket {
             return Err(Some(until));
         }
         let Some(rate) = state.rate(now) else { return Ok(()) };
+        if state.kept > 0 {
+            state.kept -= 1;
+            return Ok(());
+        }
         if state.tokens >= 1.0 {
             state.tokens -= 1.0;
             return Ok(());
@@ -268,6 +307,52 @@ mod tests {
         timeout(SECOND, waiting).await.unwrap().unwrap();
         let usage = allowance.usage(Verb::Get);
         assert_eq!((usage.wanted, usage.waiting, usage.rate), (2, false, Some(10.0)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_in_no_hurry_waits_for_all_others() {
+        let allowance = Arc::new(Allowance::default());
+        allowance.lend(Verb::Get, 10.0, HOUR);
+        let loading = tokio::spawn({
+            let allowance = allowance.clone();
+            async move {
+                let mut taken = 0;
+                while taken < 60 {
+                    allowance.wait_spare(Verb::Get).await;
+                    allowance.take(Verb::Get).await;
+                    taken += 1;
+                }
+            }
+        });
+        // A reader is never behind more than one of them, however many wait; together they keep the rate.
+        let begin = Instant::now();
+        for _ in 0..20 {
+            sleep(Duration::from_millis(150)).await;
+            let came = Instant::now();
+            allowance.take(Verb::Get).await;
+            assert!(came.elapsed() <= Duration::from_millis(210), "{:?}", came.elapsed());
+        }
+        loading.await.unwrap();
+        assert!((7.7..=8.1).contains(&begin.elapsed().as_secs_f64()), "{:?}", begin.elapsed());
+        // Readers that take all leave nothing.
+        let waiting = {
+            let allowance = allowance.clone();
+            tokio::spawn(async move { allowance.wait_spare(Verb::Get).await })
+        };
+        let readers = (0..30).map(|_| allowance.take(Verb::Get));
+        futures::future::join_all(readers).await;
+        assert!(!waiting.is_finished() && allowance.usage(Verb::Get).waiting);
+        timeout(SECOND, waiting).await.unwrap().unwrap();
+        // What was kept for it is not lost; without a limit nothing is kept.
+        let now = Instant::now();
+        allowance.take(Verb::Get).await;
+        assert_eq!(now.elapsed(), Duration::ZERO);
+        allowance.unlimited(Verb::Get);
+        for _ in 0..100 {
+            allowance.wait_spare(Verb::Get).await;
+        }
+        allowance.lend(Verb::Get, 10.0, HOUR);
+        assert!((10..=12).contains(&in_time(&allowance, SECOND).await));
     }
 
     #[tokio::test(start_paused = true)]

@@ -62,7 +62,7 @@ impl SourceOpener {
         let replaced = CancellationToken::new();
         let source = Arc::new(Source {
             store: Arc::new(Replaceable::new(store, replaced.clone())),
-            pools: Arc::new(Pools::new(&self.limits)),
+            pools: Arc::new(Pools::new(&self.limits, allowance.clone())),
             path,
             budget: Mutex::default(),
             allowance,

@@ -26,7 +26,7 @@ use tokio::{
 use tracing::{debug, warn};
 
 use super::{
-    CHUNK_BLOCKS, Class, Conflict, FillError, Pace, Pools, RECHECK_WAIT, RUNS_PER_REQUEST,
+    CHUNK_BLOCKS, Class, Conflict, FillError, Pace, Pools, RECHECK_WAIT, RUNS_PER_REQUEST, Verb,
     chunk::{Block, ChunkFill},
     peers,
 };
@@ -111,14 +111,20 @@ impl Run {
         }
     }
 
-    /// Waits until so many bytes may be asked for, by the pace of the load that it belongs to, or until a reader waits for
-    /// it. `false`: nobody waits for it any more.
-    async fn keep_pace(self: &Arc<Self>, fill: &ChunkFill, bytes: u64) -> bool {
+    /// Waits until so many bytes may be asked for, by the pace of the load that it belongs to, and until the source may be
+    /// asked for what no reader waits for; or until a reader waits for it. `false`: nobody waits for it any more.
+    async fn keep_pace(self: &Arc<Self>, fill: &ChunkFill, pools: &Pools, bytes: u64) -> bool {
         loop {
-            let Some(pace) = self.pace.lock().clone() else { return true };
             if self.demand.load(Ordering::Relaxed) {
                 return true;
             }
+            let pace = self.pace.lock().clone();
+            let waiting = async {
+                if let Some(pace) = pace {
+                    pace.wait(bytes).await;
+                }
+                pools.allowance.wait_spare(Verb::Get).await;
+            };
             let given_up = async {
                 loop {
                     self.reconsider.notified().await;
@@ -128,7 +134,7 @@ impl Run {
                 }
             };
             tokio::select! {
-                () = pace.wait(bytes) => return true,
+                () = waiting => return true,
                 () = self.promoted.notified() => return true,
                 () = self.paced_anew.notified() => {}
                 () = given_up => return false,
@@ -283,7 +289,7 @@ async fn receive(
     let dataset = &fill.dataset;
     let start = offset_of(fill.key.index, blocks.start);
     let end = fill.version.size.min(offset_of(fill.key.index, blocks.end));
-    if !run.keep_pace(fill, end - start).await {
+    if !run.keep_pace(fill, pools, end - start).await {
         return Ok(None);
     }
     let turn = run.turn(pools).await?;

@@ -15,6 +15,8 @@ use crate::{dataset::Dataset, worker::Worker};
 
 /// Largest manifest: 1.5 million paths of 42 bytes. It is in memory while its load lasts, with 16 bytes for each line.
 const MAX_BYTES: u64 = 64 << 20;
+/// Most lines of it that name something.
+const MAX_LINES: usize = 2_000_000;
 /// Bytes of it that are read at once; a quarter of what the client of a worker may have.
 const PIECE: u64 = 1 << 20;
 /// Look-ups under way.
@@ -45,6 +47,9 @@ impl Manifest {
                 path_of(path).map_err(|why| format!("line {}: {why}", number + 1))?;
                 // Where it stands: what was cut off is counted in.
                 let from = begin + (path.as_ptr() as usize - line.as_ptr() as usize);
+                if lines.len() == MAX_LINES {
+                    return Err(format!("line {}: it has more than {MAX_LINES}: split it", number + 1));
+                }
                 lines.push(from..from + path.len());
             }
             begin += line.len() + 1;
@@ -175,6 +180,7 @@ mod tests {
         assert_eq!(parse("a/b/c\na/b\na.txt\na/bc\na/b/d/e").unwrap(), ["/a/b", "/a.txt", "/a/bc"]);
         assert_eq!(parse("a\n/\nb").unwrap(), ["/"]);
         assert!(parse("a\nb/../c").unwrap_err().starts_with("line 2: "));
+        assert!(parse(&"a\n".repeat(MAX_LINES + 1)).unwrap_err().ends_with("split it"));
     }
 
     proptest! {

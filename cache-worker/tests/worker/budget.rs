@@ -150,3 +150,23 @@ async fn a_budget_may_be_edited_while_it_is_waited_for() {
     cluster.configure(&[cluster.with_sources(vec![slow])]);
     cluster.check("/d/0042", 42, SIZE).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readers_come_first_and_a_slow_load_does_not_fail() {
+    // A budget by which the load's last file waits for longer than a request may (15 s).
+    let cluster = start(1, gets(2), 45).await;
+    let loads = load_all(&cluster);
+    eventually("requests", || async { cluster.store.counters().gets > 1 }).await;
+    for file in [44, 20, 33] {
+        let before = cluster.store.counters().gets;
+        cluster.check(&format!("/d/{file:04}"), file, SIZE).await;
+        // One that went out before it, one that had its place, its own, and those that came while it was looked up.
+        let since = cluster.store.counters().gets - before;
+        assert!(since <= 6, "a reader was behind {since} requests");
+    }
+    for load in loads {
+        let progress = load.await.unwrap().unwrap();
+        assert_eq!((progress.done_files, progress.failed_files), (45, 0), "{progress:?}");
+    }
+    assert_eq!(cluster.store.counters().gets, 45);
+}
