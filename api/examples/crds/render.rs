@@ -47,8 +47,8 @@ Group and version `forebay.io/v1alpha1`; all objects are namespaced. The CRDs ar
 
 `forebay up -f FILE.yaml` takes the same YAML as `kubectl apply -f FILE.yaml`, and refuses what the API server refuses:
 each error names file, line, document, field and what to do. A file may hold several documents, of the kinds Dataset,
-CacheRuntime, PreloadPolicy and v1 Secret; an object may use what another file of the same command defines, in its own
-namespace.
+CacheRuntime, PreloadPolicy, v1 Secret and v1 ConfigMap; an object may use what another file of the same command
+defines, in its own namespace.
 `spec.template` of a CacheRuntime is about pods: without a cluster it is checked, and has no effect.
 
 Amounts of bytes are Kubernetes quantities: `2Ti`, `500G`, `1.5Gi` or a whole number. They must be a whole number of
