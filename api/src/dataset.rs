@@ -222,19 +222,65 @@ pub struct Cache {
     /// What happens when the quota or the disk is full. `Hold`: what is there stays, what comes is streamed and not
     /// stored, so that a dataset larger than the cache does not push itself out. With the others what comes takes the
     /// place of what was used longest ago (`LRU`) or least often (`LFU`), of the oldest that was not used since it was
-    /// last looked at (`SIEVE`), or of what came first (`FIFO`). When the disk is full, all datasets but those that
-    /// `Hold` make room, to new data of any dataset, each as much as it has among what was used longest ago.
+    /// last looked at (`SIEVE`), or of what came first (`FIFO`). When the disk is full, all datasets of the same `priority`
+    /// but those that `Hold` make room, to new data of any of them, each as much as it has among what was used longest ago.
     #[serde(default)]
     pub policy: Policy,
     /// Most bytes of this dataset on all workers together. Absent: as much as their disks hold.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quota: Option<Quantity>,
+    /// Bytes on all workers together that other datasets never bring it below. They are not set aside: room that this
+    /// dataset does not use is used by others. Absent: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reserve: Option<Quantity>,
+    /// Where the disk is full and this dataset needs room, datasets of lower priority lose what they have beyond their
+    /// `reserve`, whatever their policy, the lowest first; those of higher priority lose nothing to it.
+    #[schemars(range(min = -1000, max = 1000))]
+    #[serde(default)]
+    pub priority: i32,
     /// How long workers hold what nobody reads, such as `72h`. What is pinned stays, and nothing is deleted at the sources.
     /// Absent: as long as there is room for it.
     #[schemars(length(max = 32))]
     #[x_kube(validation = Rule::from(rules::DURATION))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ttl: Option<String>,
+    /// How many workers hold the same bytes.
+    #[serde(default)]
+    pub replicas: Replicas,
+}
+
+/// How many workers hold the same bytes; all of them, when there are fewer.
+#[derive(KubeSchema, Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[x_kube(validation = Rule::from(rules::REPLICAS))]
+#[serde(rename_all = "camelCase")]
+pub struct Replicas {
+    /// Copies of whatever is held whole. They are made in the background, from worker to worker; after a worker is lost,
+    /// those that it had are made again. `quota` counts each of them.
+    #[schemars(range(min = 1, max = 16))]
+    #[serde(default = "one")]
+    pub min: u32,
+    /// Copies, at most, of what is read so often that one worker is busy with it. They are made when that is seen, and
+    /// give way first when room is needed. Absent: `min`.
+    #[schemars(range(min = 1, max = 16))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max: Option<u32>,
+}
+
+fn one() -> u32 {
+    1
+}
+
+impl Default for Replicas {
+    fn default() -> Self {
+        Self { min: one(), max: None }
+    }
+}
+
+impl Replicas {
+    /// `max`, or what stands for it.
+    pub fn most(&self) -> u32 {
+        self.max.unwrap_or(self.min)
+    }
 }
 
 impl Cache {
@@ -317,6 +363,9 @@ pub struct DatasetStatus {
     /// Bytes on the disks of workers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cached_bytes: Option<u64>,
+    /// Of `cachedBytes`, those of copies: bytes on a worker that are, or would be, on another one first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replicated_bytes: Option<u64>,
     /// Bytes on the disks of workers that are pinned.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pinned_bytes: Option<u64>,

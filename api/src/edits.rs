@@ -95,11 +95,15 @@ pub const EDITS: &[Edit] = &[
         "spec.cache.quota",
         "Live: more is stored, or what is above the new quota is dropped from the workers' disks.",
     ),
+    takes(DATASET, "spec.cache.reserve", "Live: from the next time on that others need room."),
+    takes(DATASET, "spec.cache.priority", "Live: from the next time on that somebody needs room."),
     takes(
         DATASET,
         "spec.cache.ttl",
         "Live: what nobody read for so long is dropped; after an edit as after a restart it has its time.",
     ),
+    takes(DATASET, "spec.cache.replicas.min", "Live: copies are made, or those above it give way first."),
+    takes(DATASET, "spec.cache.replicas.max", "Live: copies above it are read no more, and give way first."),
     takes(DATASET, "spec.volume.shape", "Where it is mounted from now on; a mount keeps its shape."),
     refused(POLICY, "spec.datasetRef.name"),
     takes(
@@ -122,6 +126,7 @@ pub const EDITS: &[Edit] = &[
     takes(POLICY, "spec.select.manifest.configMapRef.key", NEXT_RUN),
     takes(POLICY, "spec.load.pin", NEXT_RUN),
     takes(POLICY, "spec.load.verify", NEXT_RUN),
+    takes(POLICY, "spec.load.replicas", NEXT_RUN),
     takes(POLICY, "spec.limits.bandwidth", NEXT_RUN),
     takes(POLICY, "spec.limits.requestsPerSecond", NEXT_RUN),
     takes(POLICY, "spec.concurrencyPolicy", "Live: the next run that is to start while another one is active."),

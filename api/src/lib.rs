@@ -34,8 +34,8 @@ pub use cache_runtime::{
     Watermarks,
 };
 pub use dataset::{
-    Addressing, Cache, Dataset, DatasetSpec, DatasetStatus, MetadataSync, Policy, RequestBudget, RuntimeRef, S3Options,
-    SecretRef, Source, SyncMode, Volume, VolumeShape,
+    Addressing, Cache, Dataset, DatasetSpec, DatasetStatus, MetadataSync, Policy, Replicas, RequestBudget, RuntimeRef,
+    S3Options, SecretRef, Source, SyncMode, Volume, VolumeShape,
 };
 pub use names::{MAX_OBJECT_NAME, WORKER_HTTP_PORT, WORKER_PORT, object_name, service_address};
 pub use preload_policy::{

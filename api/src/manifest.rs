@@ -25,7 +25,7 @@ use std::{
 
 pub use error::ManifestError;
 
-use crate::{Addressing, Medium, Policy, PreloadPolicySpec, RequestBudget, VolumeShape};
+use crate::{Addressing, Medium, Policy, PreloadPolicySpec, Replicas, RequestBudget, VolumeShape};
 
 /// Most bytes of one file. A Dataset of 64 sources has some 20 KB.
 pub const MAX_FILE_BYTES: usize = 1 << 20;
@@ -112,8 +112,14 @@ pub struct ValidatedDataset {
     pub policy: Policy,
     /// Most bytes on all workers together.
     pub quota_bytes: Option<u64>,
+    /// Bytes on all workers together that others never bring it below.
+    pub reserve_bytes: u64,
+    /// Who loses room to whom.
+    pub priority: i32,
     /// How long what nobody reads is held.
     pub ttl: Option<Duration>,
+    /// How many workers hold the same bytes.
+    pub replicas: Replicas,
     /// What its mount is made for.
     pub shape: VolumeShape,
     /// How soon what changes at a source is to be seen; `None`: when somebody asks for it.

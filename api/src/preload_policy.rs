@@ -234,6 +234,12 @@ pub struct Load {
     /// Whether what is held is read again from the workers' disks, and loaded again where it is damaged.
     #[serde(default)]
     pub verify: Apply,
+    /// Workers that hold each file when the run is complete; all of them, when there are fewer. Copies beyond the Dataset's
+    /// `cache.replicas.min` stay as long as there is room for them, those beyond its `max` also when `pin` is `Always`.
+    /// Absent, or less than `min`: as the Dataset says.
+    #[schemars(range(min = 1, max = 16))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replicas: Option<u32>,
 }
 
 /// Whether something is done.

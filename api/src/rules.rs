@@ -58,6 +58,7 @@ pub(crate) const CONFIG_KEY: Rule = (
     r"self.matches(r'^[-._a-zA-Z0-9]+$') && self != '.' && self != '..'",
     "must be a key of a ConfigMap: letters, digits, '-', '_' and '.'",
 );
+pub(crate) const REPLICAS: Rule = ("!has(self.max) || self.max >= self.min", "max must not be below min");
 pub(crate) const SYNC_INTERVAL: Rule = (
     "has(self.interval) == (has(self.mode) && self.mode == 'Periodic')",
     "interval goes with mode Periodic, and only with it",

@@ -28,6 +28,8 @@ use crate::root::DIRECTORIES;
 pub(crate) const PINNED: u8 = 1;
 /// The source has a newer version.
 pub(crate) const SUPERSEDED: u8 = 2;
+/// Other workers have it, so it goes first. Never leaves memory.
+pub(crate) const SPARE: u8 = 0x40;
 /// Every valid block was written or verified in this process. Never leaves memory.
 pub(crate) const TRUSTED: u8 = 0x80;
 
@@ -111,6 +113,7 @@ impl Entry {
             data: u64::from(self.data),
             pinned: if pinned { full } else { 0 },
             pinned_data: if pinned { u64::from(self.len) } else { 0 },
+            spare: if self.has(SPARE) && !pinned { u64::from(self.data) + u64::from(self.overhead) } else { 0 },
             chunks: 1,
         }
     }
@@ -198,9 +201,10 @@ impl Catalog {
             Some(entry) => shard.entries.insert(name, entry),
             None => shard.entries.remove(&name),
         };
-        let only_trust = matches!((before, after), (Some(b), Some(a))
-            if Entry { flags: a.flags | TRUSTED, ..a } == Entry { flags: b.flags | TRUSTED, ..b });
-        if !only_trust {
+        const IN_MEMORY: u8 = TRUSTED | SPARE;
+        let only_in_memory = matches!((before, after), (Some(b), Some(a))
+            if Entry { flags: a.flags | IN_MEMORY, ..a } == Entry { flags: b.flags | IN_MEMORY, ..b });
+        if !only_in_memory {
             self.mark(&mut shard, name);
         }
         Ok(before)
@@ -285,13 +289,13 @@ impl Catalog {
         })
     }
 
-    /// What may go of the datasets `of` which it is asked: the unpinned chunks that `may`, by name and as they are open.
+    /// What may go of the chunks `of` which it is asked: the unpinned ones that `may`, by name and as they are open.
     pub(crate) fn candidates<'a>(
         &'a self,
-        of: impl Fn(u32) -> bool + 'a,
+        of: impl Fn(&Entry) -> bool + 'a,
         may: impl Fn(Name, Option<&Arc<Chunk>>) -> bool + 'a,
     ) -> impl Iterator<Item = Candidate> + 'a {
-        let free = move |entry: &Entry| of(entry.slot) && !entry.has(PINNED);
+        let free = move |entry: &Entry| of(entry) && !entry.has(PINNED);
         let found = self.shards.iter().flat_map(move |shard| {
             let Shard { entries, live, dirty: _ } = &*shard.lock();
             let free = entries.iter().filter(|(_, entry)| free(entry));
@@ -306,6 +310,7 @@ impl Catalog {
             slot: entry.slot,
             used: entry.used.get().max(chunk.as_ref().map_or(0, |chunk| chunk.used())),
             hits: entry.hits.saturating_add(chunk.as_ref().map_or(0, |chunk| chunk.hits())),
+            spare: entry.has(SPARE),
             bytes: entry.charge().used,
         })
     }

@@ -7,12 +7,14 @@
 //!
 //! Where a policy gives way ([`Policy`]), who is refused asks for room, and does not wait for it: what it has is
 //! streamed past, and the next one finds room. The quota takes it from the dataset itself, if its policy gives way; the
-//! watermark, for a dataset of any policy, from all whose policies give way: from each as many bytes as it has among
-//! the chunks that were used longest ago; which of its chunks go is up to its own policy. So what is there to be
-//! replaced never keeps out what is there to stay, and what is there to stay goes for nobody. A chunk that somebody has
-//! open does not give way. To find what does costs a look at every chunk, so more goes than was asked for: as large a
-//! part of what may go as lies between the watermarks. That is down to the low one where everything gives way; where
-//! little does, it is not all taken at once. Nothing goes when the sums say that it would not suffice.
+//! watermark, for a dataset of any policy, first from the spare copies of all (other workers have them), then from
+//! those of lower priority, whatever their policies, the lowest first, and then from those of the same priority whose
+//! policies give way; never below a reserve. From each of these as many bytes as it has among the chunks that were used
+//! longest ago; which of its chunks go is up to its own policy. So what is there to be replaced never keeps out what is
+//! there to stay, and what is there to stay goes for nobody of its rank. A chunk that somebody has open does not give
+//! way. To find what does costs a look at every chunk, so more goes than was asked for: as large a part of what may go
+//! as lies between the watermarks. That is down to the low one where everything gives way; where little does, it is not
+//! all taken at once. Nothing goes when the sums say that it would not suffice.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -25,7 +27,7 @@ use parking_lot::{Condvar, Mutex};
 use crate::catalog::{Entry, Name, PINNED, SUPERSEDED};
 use crate::chunk::Chunk;
 use crate::error::Refusal;
-use crate::ledger::{Deficit, Ledger};
+use crate::ledger::{Concession, Deficit, Ledger};
 use crate::policy::Policy;
 use crate::root::{Loss, Root};
 use crate::shared::Shared;
@@ -174,11 +176,12 @@ impl Shared {
             if dataset == 0 && tier == 0 {
                 return true;
             }
-            if dataset > 0 && self.evict_of(slot, dataset, |name, _| name != except) == 0 {
+            let all = Concession { slot, bytes: u64::MAX, spares: false };
+            if dataset > 0 && self.evict_of(all, dataset, |name, _| name != except) == 0 {
                 return false;
             }
             let tier = tier.saturating_sub(dataset);
-            if tier > 0 && self.evict_of_tier(tier, Some(except)) == 0 {
+            if tier > 0 && self.evict_of_tier(tier, None, |name, _| name != except) == 0 {
                 return false;
             }
         }
@@ -197,19 +200,14 @@ impl Shared {
             |name, chunk: Option<&Arc<Chunk>>| name != asking && !chunk.is_some_and(|chunk| self.in_use(name, chunk));
         let dataset = self.ceded(slot, bytes, asking).dataset;
         if dataset > 0 {
-            self.evict_of(slot, dataset, idle);
+            let holds = |ledger: &mut Ledger| ledger.account(slot).is_some_and(|own| !own.terms.policy.gives_way());
+            let own = Concession { slot, bytes: u64::MAX, spares: self.catalog.ledger(holds) };
+            self.evict_of(own, dataset, idle);
         }
         // What went is no longer missing in the tier.
         let tier = self.ceded(slot, bytes, asking).tier;
         if tier > 0 {
-            let slots = self.catalog.ledger(|ledger| ledger.giving_way());
-            let mut shares = BTreeMap::<u32, u64>::new();
-            for stale in Policy::Lru.victims(self.catalog.candidates(|of| slots.contains(&of), idle), tier, 0) {
-                *shares.entry(stale.slot).or_default() += stale.bytes;
-            }
-            for (slot, bytes) in shares {
-                self.evict_of(slot, bytes, idle);
-            }
+            self.evict_of_tier(tier, Some(slot), idle);
         }
     }
 
@@ -238,7 +236,7 @@ impl Shared {
         }
     }
 
-    /// Evicts what is above quotas and the high watermark, a round of it; the number of chunks that went.
+    /// Evicts what is above quotas and the high watermark, a round of it; the bytes that went.
     fn enforce(&self) -> u64 {
         let over = self.catalog.ledger(|ledger| {
             let accounts = ledger.accounts.iter().enumerate();
@@ -248,12 +246,13 @@ impl Shared {
             });
             over.collect::<Vec<_>>()
         });
-        let gone: u64 = over.into_iter().map(|(slot, bytes)| self.evict_of(slot, bytes, |_, _| true)).sum();
+        let all = |slot| Concession { slot, bytes: u64::MAX, spares: false };
+        let gone: u64 = over.into_iter().map(|(slot, bytes)| self.evict_of(all(slot), bytes, |_, _| true)).sum();
         let over = self.catalog.ledger(|ledger| match ledger.total.used {
             used if used > ledger.high => used - ledger.low,
             _ => 0,
         });
-        gone + if over > 0 { self.evict_of_tier(over, None) } else { 0 }
+        gone + if over > 0 { self.evict_of_tier(over, None, |_, _| true) } else { 0 }
     }
 
     fn drop_superseded(&self, pressure: bool) {
@@ -303,37 +302,81 @@ impl Shared {
         }
     }
 
-    fn evict_of_tier(&self, bytes: u64, except: Option<Name>) -> u64 {
-        let shares = self.catalog.ledger(|ledger| ledger.shares(bytes));
-        shares.into_iter().map(|(slot, bytes)| self.evict_of(slot, bytes, |name, _| Some(name) != except)).sum()
+    /// Evicts at least `bytes` of the chunks of all datasets that `may` go, for one of them or for nobody's sake, if there
+    /// is as much; the bytes that went.
+    fn evict_of_tier(&self, bytes: u64, asker: Option<u32>, may: impl Fn(Name, Option<&Arc<Chunk>>) -> bool) -> u64 {
+        let mut gone = 0;
+        for turn in self.catalog.ledger(|ledger| ledger.turns(asker)) {
+            let mut concessions = self.catalog.ledger(|ledger| ledger.concessions(turn, asker));
+            while gone < bytes && !concessions.is_empty() && !self.stopping() {
+                let shares = self.shares(&concessions, bytes - gone, &may);
+                concessions.retain_mut(|concession| {
+                    let Some(share) = shares.get(&concession.slot) else { return !shares.is_empty() };
+                    let lost = self.evict_of(*concession, *share, &may);
+                    gone += lost;
+                    concession.bytes = concession.bytes.saturating_sub(lost);
+                    // One that lost less than its share has no more that may go.
+                    lost >= *share && concession.bytes > 0
+                });
+            }
+        }
+        gone
     }
 
-    /// Evicts at least `bytes` of the chunks of a dataset that `may` go, if there is as much; the number of chunks that
-    /// went.
-    fn evict_of(&self, slot: u32, bytes: u64, may: impl Fn(Name, Option<&Arc<Chunk>>) -> bool) -> u64 {
+    /// Splits bytes over datasets: as much for each as it has among the chunks that were used longest ago.
+    fn shares(
+        &self,
+        concessions: &[Concession],
+        bytes: u64,
+        may: impl Fn(Name, Option<&Arc<Chunk>>) -> bool,
+    ) -> BTreeMap<u32, u64> {
+        let of = |entry: &Entry| concessions.iter().any(|concession| concession.concerns(entry));
+        let mut shares = BTreeMap::<u32, u64>::new();
+        for stale in Policy::Lru.victims(self.catalog.candidates(of, may), bytes, 0) {
+            *shares.entry(stale.slot).or_default() += stale.bytes;
+        }
+        shares
+    }
+
+    /// Evicts at least `bytes` of the chunks of a dataset that `may` go, if there is as much and it is no more than is
+    /// conceded; the bytes that went.
+    fn evict_of(&self, concession: Concession, bytes: u64, may: impl Fn(Name, Option<&Arc<Chunk>>) -> bool) -> u64 {
+        let slot = concession.slot;
         let terms = |ledger: &mut Ledger| ledger.account(slot).map(|account| (account.terms.policy, account.hand));
         let Some((policy, hand)) = self.catalog.ledger(terms) else { return 0 };
         let (mut hits, mut count) = (0, 0);
-        let candidates = self.catalog.candidates(|of| of == slot, &may).inspect(|candidate| {
+        let candidates = self.catalog.candidates(|entry| concession.concerns(entry), &may);
+        let candidates = candidates.inspect(|candidate| {
             hits += u64::from(candidate.hits);
             count += 1;
         });
-        let victims = policy.victims(candidates, bytes, hand);
-        let Some(last) = victims.last() else { return 0 };
-        if matches!(policy, Policy::Lfu | Policy::Sieve) {
-            self.catalog.forget_uses(slot, |order, uses| policy.left(uses, order, hand, last, hits / count));
-        }
-        self.catalog.ledger(|ledger| {
-            if let Some(account) = ledger.account(slot) {
-                account.hand = last.order;
+        let mut left = concession.bytes;
+        let victims: Vec<_> = policy
+            .victims(candidates, bytes.min(concession.bytes), hand)
+            .into_iter()
+            .take_while(|victim| {
+                let fits = victim.bytes <= left;
+                left = left.saturating_sub(victim.bytes);
+                fits
+            })
+            .collect();
+        // Spare copies are not what the policy chose.
+        if let Some(last) = victims.last().filter(|last| !last.spare) {
+            if matches!(policy, Policy::Lfu | Policy::Sieve) {
+                self.catalog.forget_uses(slot, |order, uses| policy.left(uses, order, hand, last, hits / count));
             }
-        });
+            self.catalog.ledger(|ledger| {
+                if let Some(account) = ledger.account(slot) {
+                    account.hand = last.order;
+                }
+            });
+        }
         let gone = |name| {
             // Those before it took their time.
             let still = !self.stopping() && may(name, self.catalog.live(name).as_ref());
             still && matches!(self.evict(name, Why::Victim), Outcome::Gone(_))
         };
-        victims.iter().filter(|victim| gone(Name::from(victim.key))).count() as u64
+        victims.iter().filter(|victim| gone(Name::from(victim.key))).map(|victim| victim.bytes).sum()
     }
 
     /// Notices that the directory was removed or moved away, and makes it again. What it held is given up only then, or

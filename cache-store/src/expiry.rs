@@ -65,7 +65,7 @@ impl Shared {
         let idle = |name: Name, chunk: Option<&Arc<Chunk>>| !chunk.is_some_and(|chunk| self.in_use(name, chunk));
         let old: Vec<Name> = self
             .catalog
-            .candidates(|slot| over.contains_key(&slot), idle)
+            .candidates(|entry| over.contains_key(&entry.slot), idle)
             .filter(|candidate| over.get(&candidate.slot).is_some_and(|count| candidate.used < *count))
             .map(|candidate| candidate.key.into())
             .collect();

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use forebay_protocol::DatasetId;
 
+use crate::catalog::{Entry, SPARE};
 use crate::error::{PinRefused, Refusal};
 use crate::expiry::Ages;
 use crate::policy::Policy;
@@ -27,6 +28,8 @@ pub(crate) struct Charge {
     pub(crate) pinned: u64,
     /// Bytes of the chunk, when pinned.
     pub(crate) pinned_data: u64,
+    /// `used`, of a spare copy that is not pinned.
+    pub(crate) spare: u64,
     pub(crate) chunks: u64,
 }
 
@@ -39,6 +42,11 @@ pub struct DatasetPolicy {
     pub quota: Option<u64>,
     /// How long a chunk stays that nobody uses; `None`: as long as there is room for it.
     pub ttl: Option<Duration>,
+    /// Bytes on disk below which chunks of others never bring it.
+    pub reserve: u64,
+    /// Where room is needed for a dataset, those of lower priority lose it first, and whatever their policy; those of
+    /// higher priority lose nothing.
+    pub priority: i32,
 }
 
 #[derive(Clone, Debug)]
@@ -64,8 +72,48 @@ impl Account {
         self.sum.used - self.sum.pinned
     }
 
-    fn gives_way(&self) -> bool {
-        self.served && self.terms.policy.gives_way()
+    /// Bytes that may go for others.
+    fn beyond_reserve(&self) -> u64 {
+        self.evictable().min(self.sum.used.saturating_sub(self.terms.reserve))
+    }
+
+    /// Bytes that make room for the dataset `to`, which may be this one.
+    fn cedes(&self, to: &Account) -> u64 {
+        let gives_way = self.terms.policy.gives_way();
+        if self.id == to.id {
+            return if gives_way { self.evictable() } else { self.sum.spare };
+        }
+        let (own, other) = (self.terms.priority, to.terms.priority);
+        let may = if own < other || own == other && gives_way { u64::MAX } else { self.sum.spare };
+        if self.served { self.beyond_reserve().min(may) } else { 0 }
+    }
+}
+
+/// Who loses chunks to others, one after the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Turn {
+    /// Spare copies, of all.
+    Spares,
+    /// The datasets of a priority, down to their reserves.
+    Priority(i32),
+    /// All, in spite of their reserves.
+    Reserves,
+}
+
+/// What a dataset may lose to others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Concession {
+    pub(crate) slot: u32,
+    /// Bytes, at most.
+    pub(crate) bytes: u64,
+    /// Of spare copies only.
+    pub(crate) spares: bool,
+}
+
+impl Concession {
+    /// Whether a chunk is one that it may be.
+    pub(crate) fn concerns(&self, entry: &Entry) -> bool {
+        entry.slot == self.slot && (!self.spares || entry.has(SPARE))
     }
 }
 
@@ -144,6 +192,7 @@ impl Ledger {
             sum.data = sum.data + to.data - from.data;
             sum.pinned = sum.pinned + to.pinned - from.pinned;
             sum.pinned_data = sum.pinned_data + to.pinned_data - from.pinned_data;
+            sum.spare = sum.spare + to.spare - from.spare;
             sum.chunks = sum.chunks + to.chunks - from.chunks;
         }
         Ok(())
@@ -190,16 +239,15 @@ impl Ledger {
     }
 
     /// What chunks of the dataset, or of the tier's datasets, are to give way for `bytes` more of it, while `stays` of its
-    /// unpinned bytes must not: what is missing, or the part between the watermarks, if that is more. Only datasets whose
-    /// policies give way do so, but for a dataset of any policy. Nothing when that would not suffice.
+    /// unpinned bytes must not: what is missing, or the part between the watermarks, if that is more. Nothing when that
+    /// would not suffice.
     pub(crate) fn ceded(&self, slot: u32, bytes: u64, stays: u64) -> Deficit {
         let Some(account) = self.accounts.get(slot as usize).filter(|account| account.served) else {
             return Deficit::default();
         };
-        let yields = |account: &Account| if account.gives_way() { account.evictable() } else { 0 };
-        let stays = stays.min(yields(account));
-        let own = yields(account) - stays;
-        let all = self.accounts.iter().map(yields).sum::<u64>() - stays;
+        let stays = stays.min(account.cedes(account));
+        let own = account.cedes(account) - stays;
+        let all = self.accounts.iter().map(|other| other.cedes(account)).sum::<u64>() - stays;
         let Deficit { dataset, tier } = self.deficit(slot, bytes);
         if dataset > own || tier > all {
             return Deficit::default();
@@ -210,21 +258,38 @@ impl Ledger {
         Deficit { dataset: least(dataset, own), tier: least(tier, all) }
     }
 
-    /// The datasets whose chunks give way to new ones.
-    pub(crate) fn giving_way(&self) -> BTreeSet<u32> {
-        let accounts = (0..).zip(&self.accounts);
-        accounts.filter(|(_, account)| account.gives_way()).map(|(slot, _)| slot).collect()
+    /// Whose turn it is to lose chunks when the tier needs room, first to last: for a dataset, or, for nobody's sake, until
+    /// only what is pinned is left.
+    pub(crate) fn turns(&self, asker: Option<u32>) -> Vec<Turn> {
+        let highest = asker.and_then(|slot| self.accounts.get(slot as usize)).map(|account| account.terms.priority);
+        let priorities: BTreeSet<i32> = self.accounts.iter().map(|account| account.terms.priority).collect();
+        let below = priorities.into_iter().filter(|priority| highest.is_none_or(|highest| *priority <= highest));
+        let last = asker.is_none().then_some(Turn::Reserves);
+        [Turn::Spares].into_iter().chain(below.map(Turn::Priority)).chain(last).collect()
     }
 
-    /// Splits bytes that the tier must lose over the datasets, by what each has that may go.
-    pub(crate) fn shares(&self, bytes: u64) -> Vec<(u32, u64)> {
-        let all: u64 = self.accounts.iter().map(Account::evictable).sum();
-        if all == 0 {
-            return Vec::new();
-        }
-        let share = |mine: u64| (u128::from(bytes) * u128::from(mine)).div_ceil(u128::from(all)) as u64;
-        let accounts = self.accounts.iter().enumerate();
-        accounts.map(|(slot, account)| (slot as u32, share(account.evictable()))).filter(|(_, n)| *n > 0).collect()
+    /// What the datasets whose turn it is may lose, those that may.
+    pub(crate) fn concessions(&self, turn: Turn, asker: Option<u32>) -> Vec<Concession> {
+        let to = asker.and_then(|slot| self.accounts.get(slot as usize));
+        let bytes = |account: &Account| {
+            let may = to.map_or(account.beyond_reserve(), |to| account.cedes(to));
+            match turn {
+                Turn::Spares => may.min(account.sum.spare),
+                Turn::Priority(priority) if account.terms.priority == priority => may,
+                Turn::Priority(_) => 0,
+                Turn::Reserves => account.evictable(),
+            }
+        };
+        // A dataset that holds gives only spare copies, also to itself.
+        let spares = |account: &Account| {
+            let holds = |to: &Account| to.id == account.id && !account.terms.policy.gives_way();
+            turn == Turn::Spares || to.is_some_and(holds)
+        };
+        let concessions = (0..).zip(&self.accounts);
+        concessions
+            .map(|(slot, account)| Concession { slot, bytes: bytes(account), spares: spares(account) })
+            .filter(|concession| concession.bytes > 0)
+            .collect()
     }
 
     fn check(&self, slot: u32, from: Charge, to: Charge) -> Result<(), Refusal> {
@@ -260,7 +325,7 @@ mod tests {
     use super::*;
 
     fn charge(used: u64) -> Charge {
-        Charge { used, data: used, pinned: 0, pinned_data: 0, chunks: 1 }
+        Charge { used, data: used, pinned: 0, pinned_data: 0, spare: 0, chunks: 1 }
     }
 
     #[test]
@@ -284,7 +349,6 @@ mod tests {
         );
         ledger.exchange(b, none, charge(600), true).unwrap();
         assert_eq!(ledger.deficit(a, 10), Deficit { dataset: 10, tier: 10 });
-        assert_eq!(ledger.shares(90), [(a, 30), (b, 60)]);
         ledger.exchange(b, charge(600), none, true).unwrap();
         assert_eq!(ledger.total, charge(300));
         assert!(ledger.would_pin(b, 501).is_err_and(|refused| refused.available == 500 && refused.limit == 500));

@@ -40,4 +40,4 @@ pub use error::{OpenError, PinError, PinRefused, ReadError, Refusal, WriteError}
 pub use ledger::DatasetPolicy;
 pub use policy::Policy;
 pub use shared::Tuning;
-pub use store::{ChunkStore, DatasetUsage, Removed, StoreOptions, Totals};
+pub use store::{ChunkStore, DatasetUsage, Held, Removed, StoreOptions, Totals};

@@ -58,6 +58,8 @@ pub(crate) struct Candidate {
     pub(crate) used: u64,
     /// How often it was used, at most and as far as not forgotten.
     pub(crate) hits: u8,
+    /// Others have it.
+    pub(crate) spare: bool,
     /// Bytes that its going frees.
     pub(crate) bytes: u64,
 }
@@ -76,7 +78,7 @@ impl Policy {
     pub(crate) fn victims(self, candidates: impl Iterator<Item = Candidate>, bytes: u64, hand: u64) -> Vec<Candidate> {
         // The candidates of the lowest ranks that together free `bytes`; the last of them to go is on top, and leaves as
         // soon as the others suffice.
-        let mut first: BinaryHeap<(u64, Candidate)> = BinaryHeap::new();
+        let mut first: BinaryHeap<((bool, u64), Candidate)> = BinaryHeap::new();
         let mut sum = 0u64;
         for candidate in candidates {
             first.push((self.rank(&candidate, hand), candidate));
@@ -92,15 +94,20 @@ impl Policy {
         first.into_sorted_vec().into_iter().map(|(_, candidate)| candidate).collect()
     }
 
-    /// The lower, the sooner.
-    fn rank(self, candidate: &Candidate, hand: u64) -> u64 {
-        match self {
+    /// The lower, the sooner. Spare copies go before all others, whatever the policy; those that were used longest ago
+    /// first.
+    fn rank(self, candidate: &Candidate, hand: u64) -> (bool, u64) {
+        if candidate.spare {
+            return (false, candidate.used);
+        }
+        let rank = match self {
             Self::Hold => u64::MAX - candidate.order,
             Self::Lru => candidate.used,
             Self::Lfu => u64::from(candidate.hits) << ORDER_BITS | candidate.used,
             Self::Sieve => u64::from(candidate.hits > 0) << ORDER_BITS | ahead(hand, candidate.order),
             Self::Fifo => candidate.order,
-        }
+        };
+        (true, rank)
     }
 
     /// What is left of a count of uses, of a chunk that was admitted at `order`, once `last` went as the last of a round
@@ -129,6 +136,7 @@ mod tests {
     /// that go.
     fn pick(policy: Policy, of: &[(u64, u64, u8)], bytes: u64, hand: u64) -> Vec<u32> {
         let candidates = of.iter().map(|(order, used, hits)| Candidate {
+            spare: false,
             key: ChunkKey { file: FileIdentity(1), index: *order as u32 },
             slot: 0,
             order: *order,
@@ -166,6 +174,7 @@ mod tests {
     #[test]
     fn uses_are_forgotten_where_the_hand_passed_and_when_there_are_many() {
         let last = |order, hits| Candidate {
+            spare: false,
             key: ChunkKey { file: FileIdentity(1), index: 0 },
             slot: 0,
             order,

@@ -9,7 +9,7 @@ use std::time::Duration;
 use forebay_protocol::{BLOCK_SIZE, ChunkKey, DatasetId, FileIdentity};
 use parking_lot::Mutex;
 
-use crate::catalog::{Catalog, Entry, Name, PINNED, SUPERSEDED};
+use crate::catalog::{Catalog, Entry, Name, PINNED, SPARE, SUPERSEDED};
 use crate::chunk::{Chunk, ChunkSpec};
 use crate::error::{OpenError, PinError, PinRefused, Refusal, WriteError};
 use crate::evictor::{Outcome, Why, needs_room};
@@ -50,6 +50,15 @@ pub struct Removed {
     pub kept_pinned: bool,
 }
 
+/// What is held of a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// All of its bytes are held, or being written.
+    pub whole: bool,
+    /// It is never evicted.
+    pub pinned: bool,
+}
+
 /// A dataset's part of the store.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DatasetUsage {
@@ -59,6 +68,8 @@ pub struct DatasetUsage {
     pub used_bytes: u64,
     /// Bytes of the pinned chunks, held or yet to be.
     pub pinned_bytes: u64,
+    /// Bytes on disk of spare copies.
+    pub spare_bytes: u64,
     /// Chunks.
     pub chunks: u64,
     /// The quota.
@@ -263,6 +274,29 @@ impl ChunkStore {
         self.shared.catalog.get(key.into()).is_some_and(|entry| entry.has(PINNED))
     }
 
+    /// Whether a chunk is held whole, and whether it is pinned; `None` when nothing is held of it.
+    pub fn holds(&self, key: ChunkKey) -> Option<Held> {
+        let entry = self.shared.catalog.get(key.into())?;
+        Some(Held { whole: entry.data == entry.len, pinned: entry.has(PINNED) })
+    }
+
+    /// Says of each chunk, by its dataset, its key and the bytes of it that are held, whether it is spare: others have it,
+    /// so it goes first when room is needed, whatever the dataset's policy. Until it is said again; not after a restart.
+    pub fn mark_spare(&self, mut is_spare: impl FnMut(DatasetId, ChunkKey, u64) -> bool) {
+        let Ok(_entered) = self.shared.enter() else { return };
+        let ids: Vec<DatasetId> =
+            self.shared.catalog.ledger(|ledger| ledger.accounts.iter().map(|account| account.id).collect());
+        for (name, entry) in self.shared.catalog.select(|name, entry| Some((name, *entry))) {
+            // One of a dataset that came since is looked at the next time.
+            let Some(id) = ids.get(entry.slot as usize) else { continue };
+            let spare = is_spare(*id, name.into(), u64::from(entry.data));
+            if spare != entry.has(SPARE) {
+                let flags = |flags: u8| if spare { flags | SPARE } else { flags & !SPARE };
+                self.shared.amend(name, entry.order, |entry| Entry { flags: flags(entry.flags), ..entry });
+            }
+        }
+    }
+
     /// Whether `bytes` more of a dataset could be pinned: what is pinned must fit its quota and the low watermark.
     /// Nothing is set aside; every pin is checked again.
     pub fn reserve_pin(&self, dataset: DatasetId, bytes: u64) -> Result<(), PinRefused> {
@@ -293,6 +327,7 @@ impl ChunkStore {
                     cached_bytes: sum.data,
                     used_bytes: sum.used,
                     pinned_bytes: sum.pinned_data,
+                    spare_bytes: sum.spare,
                     chunks: sum.chunks,
                     quota: terms.quota,
                     evicted_bytes,

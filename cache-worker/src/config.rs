@@ -58,6 +58,9 @@ pub struct WorkerOptions {
     /// How long it goes on serving, at most, when it is told to stop: until the table and everybody's requests go
     /// elsewhere.
     pub drain: Duration,
+    /// How long the table must have been the same before what others are to hold is spare here: until then they may ask
+    /// for it.
+    pub spare_after: Duration,
 }
 
 impl Default for WorkerOptions {
@@ -77,6 +80,7 @@ impl Default for WorkerOptions {
             limits: Limits::default(),
             memory_budget: 256 << 20,
             drain: Duration::ZERO,
+            spare_after: Duration::from_secs(600),
         }
     }
 }
@@ -120,15 +124,40 @@ pub struct DatasetConfig {
     /// Bytes that this worker may hold of it; `None`: what fits.
     #[serde(default)]
     pub quota: Option<u64>,
+    /// Bytes on this worker that other datasets never bring it below.
+    #[serde(default)]
+    pub reserve: u64,
+    /// Datasets of lower priority make room for it.
+    #[serde(default)]
+    pub priority: i32,
     /// How long what nobody reads is held; `None`: as long as there is room for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ttl: Option<Duration>,
+    /// How many workers hold the same bytes.
+    #[serde(default)]
+    pub replicas: Replicas,
     /// What its mounts are made for. Daemons ask for it.
     #[serde(default)]
     pub shape: VolumeShape,
     /// How soon what changes at a source is to be seen; `None`: when somebody asks for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sync_interval: Option<Duration>,
+}
+
+/// How many workers hold the same bytes; all of them, when there are fewer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Replicas {
+    /// Of what is held whole.
+    pub min: u32,
+    /// Of what one worker is busy with, at most.
+    pub max: u32,
+}
+
+impl Default for Replicas {
+    fn default() -> Self {
+        Self { min: 1, max: 1 }
+    }
 }
 
 /// What mounts are made for.

@@ -24,6 +24,7 @@ use self::{source::SourceOpener, sync::Sync};
 use crate::{
     budget::Lender,
     config::{DatasetConfig, SourceConfig},
+    copies::Copies,
     fill::{FillError, Pools, Wanted},
     load::Runs,
     metrics::{DatasetMetrics, Metrics, level, set},
@@ -114,6 +115,8 @@ pub(crate) struct Dataset {
     pub(crate) sync: Sync,
     /// What this worker lends of the sources' request budgets, if it is the one that does.
     pub(crate) lender: Lender,
+    /// What others are to hold, too.
+    pub(crate) copies: Copies,
 }
 
 impl fmt::Debug for Dataset {
@@ -139,6 +142,7 @@ impl Dataset {
             owner: config.namespace.clone(),
             name: config.name.clone(),
             metrics: opener.metrics.dataset(&config.namespace, &config.name),
+            copies: Copies::new(config.replicas),
             config: Mutex::new(config),
             index,
             sources: RwLock::new(sources.into()),
@@ -198,6 +202,7 @@ impl Dataset {
 
     /// Notes terms that have nothing to do with its sources.
     pub(crate) fn set_terms(&self, config: DatasetConfig) {
+        self.copies.set(config.replicas);
         *self.config.lock() = config;
     }
 
@@ -311,6 +316,8 @@ impl Dataset {
         level(&m.cached_bytes, usage.cached_bytes);
         level(&m.pinned_bytes, usage.pinned_bytes);
         level(&m.cached_chunks, usage.chunks);
+        level(&m.replicated_bytes, self.copies.replicated());
+        level(&m.spare_bytes, usage.spare_bytes);
         level(&m.staleness_seconds, self.sync.age().map_or(0, |age| age.as_secs()));
     }
 

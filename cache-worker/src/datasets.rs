@@ -249,5 +249,5 @@ impl Datasets {
 }
 
 fn policy(config: &DatasetConfig) -> DatasetPolicy {
-    DatasetPolicy { policy: config.policy, quota: config.quota, ttl: config.ttl }
+    DatasetPolicy { policy: config.policy, quota: config.quota, ttl: config.ttl, reserve: config.reserve, priority: config.priority }
 }

@@ -36,7 +36,9 @@ use std::{
 };
 
 use forebay_cache_store::ChunkStore;
-use forebay_protocol::{BLOCK_SIZE, CHUNK_SIZE, ChunkKey, DatasetPath, FileVersion, frame::FailureCode};
+use forebay_protocol::{
+    BLOCK_SIZE, CHUNK_SIZE, ChunkKey, DatasetPath, FileVersion, frame::FailureCode, table::Member,
+};
 use forebay_under_store::{Allowance, Limits, StoreError, Verb};
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -77,7 +79,7 @@ pub(crate) enum FillError {
     /// The worker is stopping, or no longer serves the dataset.
     #[error("the worker is stopping")]
     Stopping,
-    /// Only held blocks were wanted, and they are not.
+    /// Only held blocks were wanted, and they are not held, here or where a copy was to come from.
     #[error("not held")]
     NotHeld,
     /// A chunk that is to be pinned cannot be.
@@ -139,13 +141,15 @@ pub(crate) enum Class {
     Background,
     /// The same, no faster than this.
     Paced(Arc<Pace>),
+    /// A copy: from this worker, and from no source.
+    Copy(Arc<Member>),
 }
 
 impl Class {
     fn pace(&self) -> Option<Arc<Pace>> {
         match self {
             Self::Paced(pace) => Some(pace.clone()),
-            Self::Demand | Self::Background => None,
+            Self::Demand | Self::Background | Self::Copy(_) => None,
         }
     }
 }

@@ -35,6 +35,7 @@ use tonic::{
 use tower::Service;
 use tracing::warn;
 
+pub(crate) use self::control::file_version;
 use self::{control::ControlService, metadata::MetadataService};
 use crate::{dataset::Dataset, listener::ControlSocket, worker::Worker};
 

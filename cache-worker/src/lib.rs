@@ -13,6 +13,7 @@
 
 mod budget;
 mod config;
+mod copies;
 mod data;
 mod dataset;
 mod datasets;
@@ -29,7 +30,8 @@ mod scan;
 mod worker;
 
 pub use config::{
-    ConfigError, DatasetConfig, DatasetsFile, RequestBudget, SourceConfig, TableFile, VolumeShape, WorkerOptions,
+    ConfigError, DatasetConfig, DatasetsFile, Replicas, RequestBudget, SourceConfig, TableFile, VolumeShape,
+    WorkerOptions,
 };
 pub use dataset::SourceProblem;
 pub use forebay_cache_store::Policy;

@@ -184,6 +184,8 @@ pub(crate) struct Terms {
     pub(crate) pin: bool,
     /// It is read again afterwards.
     pub(crate) verify: bool,
+    /// Workers that are to hold it; fewer than the dataset says are not.
+    replicas: u32,
     /// Of all workers together, in a second.
     bytes: Option<u64>,
     requests: Option<u64>,
@@ -192,9 +194,9 @@ pub(crate) struct Terms {
 impl Terms {
     /// As asked for.
     pub(crate) fn new(asked: &wire::LoadTerms) -> Self {
-        let wire::LoadTerms { pin, verify, bytes_per_second, requests_per_second } = *asked;
+        let wire::LoadTerms { pin, verify, bytes_per_second, requests_per_second, replicas } = *asked;
         let limit = |limit| (limit > 0).then_some(limit);
-        Self { pin, verify, bytes: limit(bytes_per_second), requests: limit(requests_per_second) }
+        Self { pin, verify, replicas, bytes: limit(bytes_per_second), requests: limit(requests_per_second) }
     }
 
     /// Pinned, and as fast as can be.
@@ -311,6 +313,7 @@ impl Loading<'_> {
         let (dataset, path, version) = (self.dataset.clone(), path.clone(), version.clone());
         let loaded = match self.hold(Wanted { dataset, path, version, key, blocks }).await {
             Ok(unstored) if self.terms.pin && unstored > 0 => Err(format!("{unstored} blocks could not be stored")),
+            Ok(0) => self.copy(&share.file, key).await,
             Ok(unstored) => {
                 add(&progress.bypassed_bytes, bytes.min(u64::from(unstored) * BLOCK_SIZE));
                 Ok(())
@@ -327,6 +330,15 @@ impl Loading<'_> {
         }
         if share.left.fetch_sub(1, Ordering::AcqRel) == 1 && share.counts && !share.failed.load(Ordering::Acquire) {
             add(&progress.done_files, 1);
+        }
+    }
+
+    /// Has others hold a chunk that is held.
+    async fn copy(&self, file: &Found, key: ChunkKey) -> Result<(), String> {
+        let copies = &self.dataset.copies;
+        match self.terms.replicas.max(copies.min()) {
+            0 | 1 => Ok(()),
+            count => copies.ensure(file, key, count, self.terms.pin).await,
         }
     }
 

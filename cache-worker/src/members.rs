@@ -114,6 +114,15 @@ impl Members {
         placed.placement.order(key, limit).into_iter().map(|index| placed.table.members[index].clone()).collect()
     }
 
+    /// This worker's place in the order of preference for a key, if it is one of the first `limit`; the first while the
+    /// table is empty.
+    pub(crate) fn place(&self, key: u64, limit: usize) -> Option<usize> {
+        let placed = self.placed.read().clone();
+        let order = placed.placement.order(key, limit);
+        let place = order.iter().position(|index| self.is_self(&placed.table.members[*index]));
+        if order.is_empty() { Some(0) } else { place }
+    }
+
     /// Who is asked about a directory: its owner and the next in order; this worker last, if it is none of them.
     pub(crate) fn directory_order(&self, dataset: DatasetId, directory: &DatasetPath) -> Vec<Candidate> {
         let mut order: Vec<Candidate> = self

@@ -107,6 +107,8 @@ by_dataset! {
     peer_bytes: Counter = "peer" in Bytes, "Bytes received from workers that held them before this one";
     peer_errors: Counter = "peer_errors", "Reads from other workers that were slow or broke";
     peer_corrupt_blocks: Counter = "peer_corrupt_blocks", "Blocks from other workers that failed their checksum";
+    copies_failed: Counter = "copies_failed", "Copies of chunks held here that another worker did not take";
+    copies_without_room: Counter = "copies_without_room", "Copies of chunks held here for which another worker had no room";
     version_conflicts: Counter = "version_conflicts", "Fetches that met another version than the one asked for";
     fill_errors: Counter = "fill_errors", "Fetches that failed for good, version conflicts apart";
     evicted_bytes: Counter = "evicted" in Bytes, "Bytes dropped to make room";
@@ -120,6 +122,8 @@ by_dataset! {
     store_bytes: Counter = "store_received" in Bytes, "Bytes received from the sources";
     cached_bytes: Gauge = "cached" in Bytes, "Bytes of blocks held";
     pinned_bytes: Gauge = "pinned" in Bytes, "Bytes of blocks held that are never evicted";
+    replicated_bytes: Gauge = "replicated" in Bytes, "Bytes of blocks held that another worker is the first to be asked for";
+    spare_bytes: Gauge = "spare" in Bytes, "Bytes on disk of copies that nobody wants, which go first";
     cached_chunks: Gauge = "cached_chunks", "Chunks of which something is held";
     staleness_seconds: Gauge = "staleness_seconds",
         "How old what is seen of the sources is at most, where this worker has them listed periodically; else 0";

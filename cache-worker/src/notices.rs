@@ -115,7 +115,7 @@ pub(crate) async fn here(worker: &Arc<Worker>, dataset: &Arc<Dataset>, files: Ve
     }
 }
 
-fn to_wire(path: &DatasetPath, version: &FileVersion) -> wire::FileVersion {
+pub(crate) fn to_wire(path: &DatasetPath, version: &FileVersion) -> wire::FileVersion {
     wire::FileVersion {
         path: path.to_bytes(),
         size: version.size,

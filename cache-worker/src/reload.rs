@@ -17,7 +17,7 @@ use tracing::{error, info};
 use crate::{
     budget,
     config::{ConfigError, DatasetConfig, read_datasets, read_table},
-    notices, scan,
+    copies, notices, scan,
     worker::Worker,
 };
 
@@ -136,6 +136,8 @@ pub(crate) async fn datasets(worker: Arc<Worker>, first: Option<Vec<DatasetConfi
             for dataset in applied.opened {
                 worker.tasks.spawn(scan::coordinate(worker.clone(), dataset.clone()));
                 worker.tasks.spawn(budget::keep(worker.clone(), dataset.clone()));
+                worker.tasks.spawn(copies::serve(worker.clone(), dataset.clone()));
+                worker.tasks.spawn(copies::keep_up(worker.clone(), dataset.clone()));
                 worker.tasks.spawn(notices::supersedes(worker.clone(), dataset));
             }
             worker.datasets_loaded();

@@ -36,6 +36,7 @@ use tracing::{info, warn};
 
 use crate::{
     config::{ConfigError, VolumeShape, WorkerOptions, read_datasets, read_key, read_table},
+    copies,
     dataset::Dataset,
     datasets::Datasets,
     fill::{FillEngine, Peers},
@@ -180,6 +181,7 @@ impl Worker {
             miss_bytes: m.miss_bytes.get(),
             store_bytes: requests.bytes,
             store_throttled: requests.throttled,
+            replicated_bytes: dataset.copies.replicated(),
             store_gets: requests.gets,
             store_lists: requests.lists,
             store_heads: requests.heads,
@@ -266,6 +268,7 @@ impl RunningWorker {
         worker.tasks.spawn(reload::table(worker.clone()));
         worker.tasks.spawn(reload::datasets(worker.clone(), configs));
         worker.tasks.spawn(reload::wipe(worker.clone()));
+        worker.tasks.spawn(copies::count(worker.clone()));
         if let Some(listener) = metrics_listener {
             worker.tasks.spawn(http::run(worker.clone(), listener));
         }
@@ -284,7 +287,7 @@ impl RunningWorker {
     }
 
     /// Goes on serving, though not ready any more, for as long as the options say, or until the table gives this worker
-    /// no share and nobody asks it for anything.
+    /// no share, others were offered what is pinned here, and nobody asks it for anything.
     pub async fn drain(&self) {
         let worker = &self.worker;
         worker.draining.store(true, Ordering::Release);
@@ -296,7 +299,9 @@ impl RunningWorker {
             if now != last || now.0 > 0 {
                 (last, quiet) = (now, Instant::now());
             }
-            if !worker.members.counts_on_self() && quiet.elapsed() >= DRAIN_QUIET {
+            let epoch = worker.members.table().epoch;
+            let offered = || worker.datasets.all().iter().all(|dataset| dataset.copies.were_offered(epoch));
+            if !worker.members.counts_on_self() && quiet.elapsed() >= DRAIN_QUIET && offered() {
                 break;
             }
         }

@@ -171,6 +171,7 @@ impl DatasetTotals {
             name,
             generation,
             cached_bytes,
+            replicated_bytes,
             pinned_bytes,
             cached_chunks,
             hit_bytes,
@@ -201,6 +202,7 @@ impl DatasetTotals {
         sums.generation = sums.generation.max(*generation);
         sums.volume_shape = *volume_shape;
         sums.cached_bytes += cached_bytes;
+        sums.replicated_bytes += replicated_bytes;
         sums.pinned_bytes += pinned_bytes;
         sums.cached_chunks += cached_chunks;
         sums.hit_bytes += hit_bytes;

@@ -23,13 +23,14 @@ pub fn selection(spec: &PreloadPolicySpec, begin: Timestamp) -> Result<Selection
 
 /// How it loads them.
 pub fn terms(spec: &PreloadPolicySpec) -> Result<LoadTerms, QuantityError> {
-    let Load { pin, verify } = spec.load;
+    let Load { pin, verify, replicas } = spec.load;
     let Limits { bandwidth, requests_per_second } = &spec.limits;
     Ok(LoadTerms {
         pin: pin == Apply::Always,
         verify: verify == Apply::Always,
         bytes_per_second: bandwidth.as_ref().map(Quantity::bytes).transpose()?.unwrap_or_default(),
         requests_per_second: requests_per_second.unwrap_or_default().into(),
+        replicas: replicas.unwrap_or_default(),
     })
 }
 
@@ -57,7 +58,7 @@ mod tests {
         let spec: PreloadPolicySpec = serde_json::from_value(json!({
             "datasetRef": {"name": "d"},
             "select": {"minAge": "1h", "maxAge": "24h", "maxSize": "1Ki"},
-            "load": {"pin": "Always"},
+            "load": {"pin": "Always", "replicas": 3},
             "limits": {"bandwidth": "2Mi", "requestsPerSecond": 7},
         }))
         .unwrap();
@@ -66,7 +67,8 @@ mod tests {
         assert_eq!(selection.modified_before_ns, Some(96_400_000_000_000));
         assert_eq!(selection.modified_after_ns, Some(13_600_000_000_000));
         assert_eq!((selection.min_size, selection.max_size), (0, Some(1024)));
-        let expected = LoadTerms { pin: true, verify: false, bytes_per_second: 2 << 20, requests_per_second: 7 };
+        let limits = LoadTerms { bytes_per_second: 2 << 20, requests_per_second: 7, ..LoadTerms::default() };
+        let expected = LoadTerms { pin: true, verify: false, replicas: 3, ..limits };
         assert_eq!(terms(&spec).unwrap(), expected);
         let usual: PreloadPolicySpec = serde_json::from_value(json!({"datasetRef": {"name": "d"}})).unwrap();
         assert_eq!(terms(&usual).unwrap(), LoadTerms::default());

@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use forebay_api::{Addressing, CacheRuntime, Dataset, MemberState as ApiState, Source};
 use forebay_cache_worker::{
-    DatasetConfig, DatasetsFile, Policy, RequestBudget, SourceConfig, SourceProblem, TableFile, VolumeShape,
+    DatasetConfig, DatasetsFile, Policy, Replicas, RequestBudget, SourceConfig, SourceProblem, TableFile, VolumeShape,
 };
 use forebay_protocol::{
     DatasetId,
@@ -77,17 +77,22 @@ pub(crate) fn datasets<'a>(
 ) -> DatasetsFile {
     let configs = datasets.into_iter().filter_map(|dataset| {
         let meta = &dataset.metadata;
-        let quota = dataset.spec.cache.quota.as_ref().and_then(|quota| quota.bytes().ok());
+        // Each worker has its part.
+        let part = |quantity: &Quantity| Some(quantity.bytes().ok()?.div_ceil(u64::from(replicas.max(1))));
+        let cache = &dataset.spec.cache;
         Some(DatasetConfig {
             // The API server makes UIDs, and names every object.
             id: DatasetId(Uuid::parse_str(meta.uid.as_deref()?).ok()?),
             namespace: meta.namespace.clone()?,
             name: meta.name.clone()?,
             sources: dataset.spec.sources.iter().map(|source| source_config(source, secrets)).collect(),
-            policy: policy(dataset.spec.cache.policy),
-            quota: quota.map(|quota| quota.div_ceil(u64::from(replicas.max(1)))),
+            policy: policy(cache.policy),
+            quota: cache.quota.as_ref().and_then(part),
+            reserve: cache.reserve.as_ref().and_then(part).unwrap_or_default(),
+            priority: cache.priority,
             shape: shape(dataset.spec.volume.shape),
-            ttl: dataset.spec.cache.ttl(),
+            ttl: cache.ttl(),
+            replicas: self::replicas(cache.replicas),
             sync_interval: dataset.spec.sync.interval(),
         })
     });
@@ -112,6 +117,11 @@ pub fn policy(policy: forebay_api::Policy) -> Policy {
 pub fn request_budget(budget: forebay_api::RequestBudget) -> RequestBudget {
     let forebay_api::RequestBudget { get_per_second, list_per_second, head_per_second } = budget;
     RequestBudget { get_per_second, list_per_second, head_per_second }
+}
+
+/// As the worker is told it.
+pub fn replicas(replicas: forebay_api::Replicas) -> Replicas {
+    Replicas { min: replicas.min, max: replicas.most() }
 }
 
 /// As the worker is told it.

@@ -222,8 +222,11 @@ impl<'a> Resolver<'a, '_> {
                 sources: sources.collect(),
                 policy: spec.cache.policy,
                 quota_bytes: spec.cache.quota.map(|quota| quota.bytes()).transpose().ok()?,
+                reserve_bytes: spec.cache.reserve.map_or(Ok(0), |reserve| reserve.bytes()).ok()?,
+                priority: spec.cache.priority,
                 shape: spec.volume.shape,
                 ttl,
+                replicas: spec.cache.replicas,
                 sync_interval: spec.sync.interval(),
             })
         })();

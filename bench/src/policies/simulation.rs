@@ -33,7 +33,7 @@ pub fn hit_ratio(
     // Every read is a use of its own: between two of a file there is an epoch.
     let tuning = Tuning { one_use: Duration::ZERO, watch_space: false, ..Tuning::default() };
     let store = ChunkStore::open_tuned(options, tuning)?;
-    store.set_dataset(dataset, DatasetPolicy { policy, quota: None, ttl: None });
+    store.set_dataset(dataset, DatasetPolicy { policy, ..DatasetPolicy::default() });
     let bytes = vec![7; BYTES as usize];
     let fetch = |spec: &ChunkSpec| {
         let written = store.chunk(spec, true).is_some_and(|chunk| chunk.write(0, &bytes, &[]).is_ok());
@@ -46,7 +46,7 @@ pub fn hit_ratio(
     let charge = store.totals().used;
     ensure!(charge > 0, "nothing is stored in {}", dir.path().display());
     store.remove(first.key);
-    store.set_dataset(dataset, DatasetPolicy { policy, quota: Some(charge * room as u64), ttl: None });
+    store.set_dataset(dataset, DatasetPolicy { policy, quota: Some(charge * room as u64), ..DatasetPolicy::default() });
     let mut hits = 0;
     for (place, file) in trace.iter().enumerate() {
         let spec = &specs[*file as usize];

@@ -75,8 +75,17 @@ impl Fixture {
     }
 
     fn set(&self, index: usize, policy: Policy, quota: Option<u64>) {
-        self.store.set_dataset(dataset(index), DatasetPolicy { policy, quota, ttl: None });
+        self.announce(index, DatasetPolicy { policy, quota, ..DatasetPolicy::default() });
+    }
+
+    fn announce(&self, index: usize, terms: DatasetPolicy) {
+        self.store.set_dataset(dataset(index), terms);
         self.store.shared.round();
+    }
+
+    /// From now on others have these, and no more.
+    fn mark_spare(&self, spares: &[&ChunkSpec]) {
+        self.store.mark_spare(|id, key, _| spares.iter().any(|spec| (spec.dataset, spec.key) == (id, key)));
     }
 
     /// Tries to store the first `blocks` of a chunk; who is refused has the evictor called.
@@ -100,12 +109,31 @@ impl Fixture {
 
 #[derive(Clone, Debug)]
 enum Op {
-    Admit { chunk: usize },
-    Read { chunk: usize, verified: bool },
-    Pin { chunk: usize, pinned: bool },
-    Supersede { chunk: usize },
-    Remove { chunk: usize },
-    Terms { dataset: usize, policy: Policy, quota: Option<u64> },
+    Admit {
+        chunk: usize,
+    },
+    Read {
+        chunk: usize,
+        verified: bool,
+    },
+    Pin {
+        chunk: usize,
+        pinned: bool,
+    },
+    Supersede {
+        chunk: usize,
+    },
+    Remove {
+        chunk: usize,
+    },
+    Terms {
+        dataset: usize,
+        terms: DatasetPolicy,
+    },
+    /// Chunks whose bit is set have a copy elsewhere.
+    Spare {
+        chunks: u16,
+    },
     Reopen,
 }
 
@@ -114,13 +142,17 @@ fn op() -> impl Strategy<Value = Op> {
     let policy =
         prop_oneof![Just(Policy::Hold), Just(Policy::Lru), Just(Policy::Lfu), Just(Policy::Sieve), Just(Policy::Fifo)];
     let quota = prop_oneof![1 => Just(None), 3 => (0..300_000u64).prop_map(Some)];
+    let reserve = prop_oneof![2 => Just(0), 1 => 0..300_000u64];
     prop_oneof![
         12 => chunk().prop_map(|chunk| Op::Admit { chunk }),
         12 => (chunk(), any::<bool>()).prop_map(|(chunk, verified)| Op::Read { chunk, verified }),
         2 => (chunk(), any::<bool>()).prop_map(|(chunk, pinned)| Op::Pin { chunk, pinned }),
         1 => chunk().prop_map(|chunk| Op::Supersede { chunk }),
         1 => chunk().prop_map(|chunk| Op::Remove { chunk }),
-        2 => (0..2usize, policy, quota).prop_map(|(dataset, policy, quota)| Op::Terms { dataset, policy, quota }),
+        2 => (0..2usize, policy, quota, reserve, -1..2).prop_map(|(dataset, policy, quota, reserve, priority)| {
+            Op::Terms { dataset, terms: DatasetPolicy { policy, quota, ttl: None, reserve, priority } }
+        }),
+        1 => any::<u16>().prop_map(|chunks| Op::Spare { chunks }),
         1 => Just(Op::Reopen),
     ]
 }
@@ -134,6 +166,7 @@ struct Held {
     hits: u64,
     pinned: bool,
     superseded: bool,
+    spare: bool,
 }
 
 /// Two datasets in one tier, as lists.
@@ -162,15 +195,41 @@ impl Model {
         ((used + bytes).saturating_sub(quota), (self.sum(|_| true) + bytes).saturating_sub(HIGH))
     }
 
-    /// Drops one after the other what the dataset's policy has go first, until so many bytes are free.
-    fn drop_of(&mut self, dataset: usize, bytes: u64) {
+    /// Drops one after the other spare copies of a dataset, and then what its policy has go first, until so many bytes are
+    /// free, but no more than `limit`; the bytes that went.
+    fn drop_of(&mut self, dataset: usize, bytes: u64, limit: u64, spares_only: bool) -> u64 {
         let policy = self.terms[dataset].policy;
-        let candidates: Vec<_> = self.candidates(|held| held.dataset == dataset);
-        let mean = candidates.iter().map(|chunk| self.held[chunk].hits).sum::<u64>() / (candidates.len() as u64).max(1);
-        let mut freed = 0;
-        while freed < bytes {
-            let mut left = self.candidates(|held| held.dataset == dataset);
-            let key = |chunk: &usize| {
+        let left = |model: &Self| model.candidates(|held| held.dataset == dataset && (held.spare || !spares_only));
+        let staying: Vec<_> = self.candidates(|held| held.dataset == dataset && !held.spare);
+        let mean = staying.iter().map(|chunk| self.held[chunk].hits).sum::<u64>() / (staying.len() as u64).max(1);
+        let (mut freed, mut by_policy) = (0, false);
+        while freed < bytes.min(limit) {
+            // The hand may pass over some and find none that fits: then it was not moved.
+            let before = (self.hands[dataset], self.held.clone());
+            let Some(first) = self.next(policy, dataset, &left(self)) else { break };
+            let Held { bytes: size, spare, .. } = self.held[&first];
+            if freed + size > limit {
+                (self.hands[dataset], self.held) = before;
+                break;
+            }
+            by_policy |= !spare;
+            freed += size;
+            self.held.remove(&first);
+        }
+        if policy == Policy::Lfu && mean > 8 && by_policy {
+            self.held.values_mut().filter(|held| held.dataset == dataset).for_each(|held| held.hits /= 2);
+        }
+        freed
+    }
+
+    /// The one of them that goes next.
+    fn next(&mut self, policy: Policy, dataset: usize, of: &[usize]) -> Option<usize> {
+        let spares = of.iter().filter(|chunk| self.held[chunk].spare);
+        if let Some(spare) = spares.min_by_key(|chunk| self.held[chunk].used) {
+            return Some(*spare);
+        }
+        loop {
+            let first = *of.iter().min_by_key(|chunk| {
                 let Held { admitted, used, hits, .. } = self.held[chunk];
                 match policy {
                     Policy::Hold => (u64::MAX - admitted, 0),
@@ -180,18 +239,12 @@ impl Model {
                     Policy::Sieve => (u64::from(admitted <= self.hands[dataset]), admitted),
                     Policy::Fifo => (admitted, 0),
                 }
-            };
-            left.sort_by_key(key);
-            let Some(first) = left.first().copied() else { break };
+            })?;
             self.hands[dataset] = self.held[&first].admitted;
-            if policy == Policy::Sieve && self.held[&first].hits > 0 {
-                self.held.entry(first).and_modify(|held| held.hits = 0);
-                continue;
+            if policy != Policy::Sieve || self.held[&first].hits == 0 {
+                return Some(first);
             }
-            freed += self.held.remove(&first).map_or(0, |held| held.bytes);
-        }
-        if policy == Policy::Lfu && mean > 8 && freed > 0 {
-            self.held.values_mut().filter(|held| held.dataset == dataset).for_each(|held| held.hits /= 2);
+            self.held.entry(first).and_modify(|held| held.hits = 0);
         }
     }
 
@@ -199,10 +252,23 @@ impl Model {
         self.held.iter().filter(|(_, held)| !held.pinned && of(held)).map(|(chunk, _)| *chunk).collect()
     }
 
+    /// Bytes of a dataset that go for another, or for itself.
+    fn cedes(&self, of: usize, to: usize) -> u64 {
+        let free = self.sum(|held| !held.pinned && held.dataset == of);
+        let spare = self.sum(|held| !held.pinned && held.dataset == of && held.spare);
+        let (own, other) = (self.terms[of].priority, self.terms[to].priority);
+        if of == to {
+            return if self.gives_way(of) { free } else { spare };
+        }
+        let beyond_reserve = free.min(self.sum(|held| held.dataset == of).saturating_sub(self.terms[of].reserve));
+        let all = own < other || own == other && self.gives_way(of);
+        if all { beyond_reserve } else { beyond_reserve.min(spare) }
+    }
+
     /// What gives way in the dataset, and in the tier; `None` when that is not enough.
     fn ceded(&self, dataset: usize, bytes: u64) -> Option<(u64, u64)> {
-        let own = self.sum(|held| !held.pinned && held.dataset == dataset && self.gives_way(dataset));
-        let all = self.sum(|held| !held.pinned && self.gives_way(held.dataset));
+        let own = self.cedes(dataset, dataset);
+        let all = self.cedes(0, dataset) + self.cedes(1, dataset);
         let (of_own, of_all) = self.missing(dataset, bytes);
         let amount = |missing: u64, of: u64| if missing == 0 { 0 } else { missing.max((HIGH - self.low) * of / HIGH) };
         (of_own <= own && of_all <= all).then(|| (amount(of_own, own), amount(of_all, all)))
@@ -215,20 +281,48 @@ impl Model {
             return;
         }
         if let Some((bytes, _)) = self.ceded(dataset, bytes) {
-            self.drop_of(dataset, bytes);
+            self.drop_of(dataset, bytes, u64::MAX, !self.gives_way(dataset));
         }
         if let Some((_, bytes)) = self.ceded(dataset, bytes) {
-            // As much of each as it has among what was used longest ago.
-            let mut stale = self.candidates(|held| self.gives_way(held.dataset));
-            stale.sort_by_key(|chunk| self.held[chunk].used);
-            let (mut shares, mut sum) = ([0, 0], 0);
-            for Held { dataset, bytes: size, .. } in stale.iter().map(|chunk| self.held[chunk]) {
-                if sum < bytes {
-                    shares[dataset] += size;
-                    sum += size;
+            self.drop_for(dataset, bytes);
+        }
+    }
+
+    /// Drops chunks of both: spare copies first, then those of lower priority, then those of the same.
+    fn drop_for(&mut self, to: usize, bytes: u64) {
+        let mut missing = bytes;
+        let mut priorities: Vec<_> = (0..2).map(|of| self.terms[of].priority).collect();
+        priorities.sort_unstable();
+        priorities.dedup();
+        let turns = priorities.into_iter().filter(|priority| *priority <= self.terms[to].priority).map(Some);
+        for turn in [None].into_iter().chain(turns).collect::<Vec<_>>() {
+            let holds_itself = |of: usize, model: &Self| of == to && !model.gives_way(of);
+            let spares = [0, 1].map(|of| turn.is_none() || holds_itself(of, self));
+            let mut left = [0, 1].map(|of| match turn {
+                None => self.cedes(of, to).min(self.sum(|held| !held.pinned && held.dataset == of && held.spare)),
+                Some(priority) if self.terms[of].priority == priority => self.cedes(of, to),
+                Some(_) => 0,
+            });
+            while missing > 0 {
+                // As much of each as it has among what was used longest ago.
+                let mut stale = self.candidates(|held| left[held.dataset] > 0 && (held.spare || !spares[held.dataset]));
+                stale.sort_by_key(|chunk| (!self.held[chunk].spare, self.held[chunk].used));
+                let (mut shares, mut sum) = ([0, 0], 0);
+                for Held { dataset, bytes: size, .. } in stale.iter().map(|chunk| self.held[chunk]) {
+                    if sum < missing {
+                        shares[dataset] += size;
+                        sum += size;
+                    }
+                }
+                if sum == 0 {
+                    break;
+                }
+                for of in (0..2).filter(|of| shares[*of] > 0) {
+                    let gone = self.drop_of(of, shares[of], left[of], spares[of]);
+                    missing = missing.saturating_sub(gone);
+                    left[of] = if gone < shares[of] { 0 } else { left[of] - gone };
                 }
             }
-            (0..2).for_each(|dataset| self.drop_of(dataset, shares[dataset]));
         }
     }
 
@@ -241,14 +335,15 @@ impl Model {
         }
         self.clock += 1;
         let (admitted, used) = (self.clock, self.clock);
-        self.held.insert(chunk, Held { dataset, bytes, admitted, used, hits: 0, pinned: false, superseded: false });
+        let flags = Held { pinned: false, superseded: false, spare: false, dataset, bytes, admitted, used, hits: 0 };
+        self.held.insert(chunk, flags);
         true
     }
 
     fn enforce_quotas(&mut self) {
         for dataset in 0..2 {
             let (over, _) = self.missing(dataset, 0);
-            self.drop_of(dataset, over);
+            self.drop_of(dataset, over, u64::MAX, false);
         }
     }
 
@@ -272,7 +367,7 @@ fn check(ops: &[Op], low_percent: u8) {
     let mut model = Model { held: BTreeMap::new(), terms: [hold; 2], hands: [0; 2], low, clock: 0 };
     let specs: Vec<_> = SIZES.iter().enumerate().map(|(n, size)| spec(n % 2, &format!("f{n}"), *size)).collect();
     let announce = |real: &Fixture, terms: &[DatasetPolicy; 2]| {
-        (0..2).for_each(|index| real.set(index, terms[index].policy, terms[index].quota));
+        (0..2).for_each(|index| real.announce(index, terms[index]));
     };
     announce(&real, &model.terms);
     for op in ops {
@@ -305,14 +400,20 @@ fn check(ops: &[Op], low_percent: u8) {
                 real.store.remove(specs[chunk].key);
                 model.held.retain(|held, Held { pinned, .. }| *held != chunk || *pinned);
             }
-            Op::Terms { dataset, policy, quota } => {
-                real.set(dataset, policy, quota);
-                model.terms[dataset] = DatasetPolicy { policy, quota, ttl: None };
+            Op::Terms { dataset, terms } => {
+                real.announce(dataset, terms);
+                model.terms[dataset] = terms;
+            }
+            Op::Spare { chunks } => {
+                let is_spare = |chunk: usize| chunks & 1 << chunk != 0;
+                let spares: Vec<_> = (0..SIZES.len()).filter(|chunk| is_spare(*chunk)).map(|n| &specs[n]).collect();
+                real.mark_spare(&spares);
+                model.held.iter_mut().for_each(|(chunk, held)| held.spare = is_spare(*chunk));
             }
             Op::Reopen => {
                 real.reopen();
                 announce(&real, &model.terms);
-                model.held.values_mut().for_each(|held| (held.used, held.hits) = (held.admitted, 0));
+                model.held.values_mut().for_each(|held| (held.used, held.hits, held.spare) = (held.admitted, 0, false));
                 model.hands = [0; 2];
             }
         }

@@ -274,7 +274,10 @@ fn a_directory_has_one_owner_and_one_process() {
 fn quota_and_watermark_end_admission() {
     let dir = tempfile::tempdir().unwrap();
     let store = open_with(options(dir.path(), 1 << 20), QUICK);
-    store.set_dataset(dataset(), DatasetPolicy { policy: Policy::Hold, quota: Some(500_000), ttl: None });
+    store.set_dataset(
+        dataset(),
+        DatasetPolicy { policy: Policy::Hold, quota: Some(500_000), ..DatasetPolicy::default() },
+    );
     let (a, b, c) =
         (spec("a", 7 * BLOCK_SIZE, 0), spec("b", BLOCK_SIZE, 0), spec_in(DatasetId::local("x", "y"), "c", 1 << 20, 0));
     fill(&store, &a);
@@ -300,7 +303,10 @@ fn quota_and_watermark_end_admission() {
     let held = store.chunk(&a, false).unwrap();
     let extent = held.send(0, 7).unwrap();
     let older = store.usage(dataset()).used_bytes;
-    store.set_dataset(dataset(), DatasetPolicy { policy: Policy::Hold, quota: Some(older - 1), ttl: None });
+    store.set_dataset(
+        dataset(),
+        DatasetPolicy { policy: Policy::Hold, quota: Some(older - 1), ..DatasetPolicy::default() },
+    );
     eventually("the chunk above the quota goes", || store.usage(dataset()).chunks == 0);
     assert_eq!(receive(&a, 0, &extent), Some(contents(&a, 0, 7)));
     assert!(held.send(0, 7).is_some() && store.chunk(&a, false).is_none());

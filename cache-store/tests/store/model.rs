@@ -113,7 +113,10 @@ impl World {
         let options = StoreOptions { high_percent: 90, low_percent: 60, ..options(self.dir.path(), CAPACITY) };
         let tuning = Tuning { commit_interval: Duration::from_millis(500), ..QUICK };
         let store = open_with(options, tuning);
-        store.set_dataset(dataset(), DatasetPolicy { policy: Policy::Hold, quota: Some(QUOTA), ttl: None });
+        store.set_dataset(
+            dataset(),
+            DatasetPolicy { policy: Policy::Hold, quota: Some(QUOTA), ..DatasetPolicy::default() },
+        );
         self.store = Some(store);
     }
 

@@ -14,7 +14,8 @@ fn concurrent_use_gives_right_bytes_and_sums() {
     let quota = 8 * 21 * BLOCK_SIZE;
     let tuning = Tuning { open_files: 4, supersede_grace: Duration::from_millis(20), ..QUICK };
     let store = open_with(options(dir.path(), 1 << 30), tuning);
-    store.set_dataset(dataset(), DatasetPolicy { policy: Policy::Hold, quota: Some(quota), ttl: None });
+    store
+        .set_dataset(dataset(), DatasetPolicy { policy: Policy::Hold, quota: Some(quota), ..DatasetPolicy::default() });
     let expected: Vec<Vec<u8>> = files.iter().map(|file| contents(file, 0, 21)).collect();
     let (sent, refused, stop) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
     let started = Instant::now();

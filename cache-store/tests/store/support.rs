@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use forebay_cache_store::trailer::{Header, Layout};
-use forebay_cache_store::{Chunk, ChunkSpec, ChunkStore, DatasetPolicy, Extent, Policy, StoreOptions, Tuning};
+use forebay_cache_store::{Chunk, ChunkSpec, ChunkStore, DatasetPolicy, Extent, StoreOptions, Tuning};
 use forebay_protocol::{BLOCK_SIZE, ChunkKey, DatasetId, DatasetPath, FileVersion, VersionKey, block_checksum};
 
 /// Times that let a test see everything within a second.
@@ -30,7 +30,7 @@ pub(crate) fn options(dir: &Path, capacity: u64) -> StoreOptions {
 
 pub(crate) fn open_with(options: StoreOptions, tuning: Tuning) -> Arc<ChunkStore> {
     let store = ChunkStore::open_tuned(options, tuning).unwrap();
-    store.set_dataset(dataset(), DatasetPolicy { policy: Policy::Hold, quota: None, ttl: None });
+    store.set_dataset(dataset(), DatasetPolicy::default());
     store
 }
 

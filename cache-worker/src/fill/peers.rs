@@ -1,7 +1,9 @@
 //! Blocks from the workers that held them before this one: a new owner fills from the old one, on demand.
 //!
-//! Before a run of a chunk that this worker owns goes to the source, it asks the best other workers for it, in the order
-//! that the table gives when draining members count. It does so only while that is likely to help: while a member drains,
+//! A run that takes a copy asks the worker that offered it, and nobody else. Where a dataset has copies, those workers of a
+//! chunk that are to have one ask the others of them. Otherwise, before a run of a chunk that this worker owns goes to the
+//! source, it asks the best other workers for it, in the order that the table gives when draining members count; it does
+//! so only while that is likely to help: while a member drains,
 //! and for [`LIKELY`] from the first miss after the table changed or this worker started empty. Otherwise a cold read
 //! would pay round trips for nothing. Whoever asks a worker for a chunk of somebody else has asked its owner before, so
 //! that run goes to the source at once; but a client that knows a newer table may be right about the owner, so until this
@@ -174,33 +176,35 @@ impl Peers {
         self.state.lock().may_help(self)
     }
 
-    /// Whom to ask for a chunk, best first, and the table's epoch.
-    fn candidates(&self, key: u64) -> (u64, Vec<Member>) {
+    /// Whom to ask for a chunk of which there are so many copies, best first, and the table's epoch.
+    fn candidates(&self, key: u64, copies: usize) -> (u64, Vec<Member>) {
         let now = Instant::now();
         let mut state = self.state.lock();
-        if !state.may_help(self) {
-            return (state.table.epoch, Vec::new());
-        }
+        let may_help = state.may_help(self);
         let is_behind = state.is_behind(now);
         let State { table, placement, left_alone, .. } = &mut *state;
+        if !may_help && copies < 2 {
+            return (table.epoch, Vec::new());
+        }
         let order = placement.order(key, table.members.len());
         let order = || order.iter().filter_map(|index| table.members.get(*index));
         let is_self = |member: &&Member| member.name == self.own_name;
         let owner = order().find(|member| member.state == MemberState::Serving);
-        if !is_behind && !owner.is_some_and(|owner| is_self(&owner)) {
-            return (table.epoch, Vec::new());
-        }
-        let asked = |member: &&Member| {
-            let Some(LeftAlone { until, next }) = left_alone.get_mut(&member.address) else { return true };
-            let over = *until <= now;
-            if over {
-                // This read tries it, the others wait for what comes of that.
-                *until = now + *next;
-                *next = LEFT_ALONE_LONGEST.min(*next * 4);
-            }
-            over
+        let owns = owner.is_some_and(|owner| is_self(&owner));
+        let most = match (may_help && (is_behind || owns), copies > 1 && order().take(copies).any(|m| is_self(&m))) {
+            (true, _) => CANDIDATES,
+            (false, true) => CANDIDATES.min(copies - 1),
+            (false, false) => 0,
         };
-        (table.epoch, order().filter(|member| !is_self(member)).take(CANDIDATES).filter(asked).cloned().collect())
+        let others = order().filter(|member| !is_self(member)).take(most);
+        (table.epoch, others.filter(|member| is_asked(left_alone, member, now)).cloned().collect())
+    }
+
+    /// The worker that a copy is taken from, unless it is left alone, and the table's epoch.
+    fn holder(&self, member: &Member) -> (u64, Vec<Member>) {
+        let mut state = self.state.lock();
+        let asked = is_asked(&mut state.left_alone, member, Instant::now());
+        (state.table.epoch, asked.then(|| member.clone()).into_iter().collect())
     }
 
     /// A connection that was used before.
@@ -296,6 +300,18 @@ impl Connection {
     }
 }
 
+/// Whether a member is asked, which may have failed before.
+fn is_asked(left_alone: &mut HashMap<String, LeftAlone>, member: &Member, now: Instant) -> bool {
+    let Some(LeftAlone { until, next }) = left_alone.get_mut(&member.address) else { return true };
+    let over = *until <= now;
+    if over {
+        // This read tries it, the others wait for what comes of that.
+        *until = now + *next;
+        *next = LEFT_ALONE_LONGEST.min(*next * 4);
+    }
+    over
+}
+
 /// Gets what peers hold of a run, from its start on, and gives the first block that is still missing; the run's end also
 /// when nobody waits for the run any more.
 pub(super) async fn receive(
@@ -306,7 +322,8 @@ pub(super) async fn receive(
     let peers = &fill.engine.inner.peers;
     let metrics = &fill.dataset.metrics;
     let mut missing = run.blocks.clone();
-    if !peers.may_help() {
+    let copies = fill.dataset.copies.most() as usize;
+    if run.from.is_none() && copies < 2 && !peers.may_help() {
         return Ok(missing.start);
     }
     let Ok(Ok(_read)) = timeout(ANSWER, peers.reads.acquire()).await else {
@@ -314,7 +331,10 @@ pub(super) async fn receive(
         return Ok(missing.start);
     };
     // Only now: the reads before this one know who does not answer.
-    let (epoch, candidates) = peers.candidates(fill.key.placement_key());
+    let (epoch, candidates) = match &run.from {
+        Some(holder) => peers.holder(holder),
+        None => peers.candidates(fill.key.placement_key(), copies),
+    };
     for member in candidates {
         let asked = tokio::select! {
             asked = ask(fill, run, &member, epoch, &mut missing, queue) => asked,
@@ -516,7 +536,7 @@ mod tests {
         let (sender, tables) = watch::channel(table(1, &[("me", SERVING), ("a", SERVING)]));
         let new = |empty| Peers::new("me".into(), RuntimeKey::generate(), tables.clone(), empty);
         let names = |peers: &Peers| {
-            let (_, candidates) = peers.candidates(own);
+            let (_, candidates) = peers.candidates(own, 1);
             candidates.into_iter().map(|member| member.name).collect::<Vec<_>>()
         };
         assert_eq!(names(&new(true)), ["a"], "it began with nothing");
@@ -532,9 +552,9 @@ mod tests {
         let asked = names(&peers);
         assert_eq!(asked.len(), CANDIDATES, "the table changed");
         let other = (0..).find(|key| owner(key) != 0).unwrap();
-        assert!(peers.candidates(other).1.is_empty(), "its owner was asked before");
+        assert!(peers.candidates(other, 1).1.is_empty(), "its owner was asked before");
 
-        let failed = peers.candidates(own).1.remove(0);
+        let failed = peers.candidates(own, 1).1.remove(0);
         peers.leave_alone(&failed, "slow");
         assert_eq!(names(&peers), asked[1..], "one is left alone, and nobody else is asked for it");
         peers.state.lock().left_alone.get_mut(&failed.address).unwrap().until = Instant::now();
@@ -544,12 +564,20 @@ mod tests {
         peers.state.lock().likely_until = Some(Instant::now());
         assert_eq!(names(&peers), [""; 0], "that was long ago");
 
+        let of_two = |key| peers.candidates(key, 2).1.into_iter().map(|member| member.name).collect::<Vec<_>>();
+        let order = |key: u64| Placement::new(&four).order(key, 2);
+        assert_eq!(of_two(own), [four.members[order(own)[1]].name.clone()], "who has the other copy");
+        let second = (0..).find(|key| order(*key)[1] == 0).unwrap();
+        assert_eq!(of_two(second), [four.members[order(second)[0]].name.clone()]);
+        let third = (0..).find(|key| !order(*key).contains(&0)).unwrap();
+        assert!(of_two(third).is_empty(), "this worker is to have none");
+
         peers.saw_epoch(3);
-        assert_eq!(peers.candidates(other).1.len(), CANDIDATES, "a client knows a newer table");
+        assert_eq!(peers.candidates(other, 1).1.len(), CANDIDATES, "a client knows a newer table");
         peers.state.lock().behind_until = Some(Instant::now());
         assert_eq!(names(&peers), [""; 0], "which does not come");
         sender.send_replace(table(3, &[("me", SERVING), ("a", SERVING), ("b", SERVING), ("c", SERVING)]));
         peers.saw_epoch(3);
-        assert!(peers.candidates(other).1.is_empty(), "it is here");
+        assert!(peers.candidates(other, 1).1.is_empty(), "it is here");
     }
 }

@@ -422,6 +422,8 @@ impl BlockReader {
                     return Ok(());
                 }
                 match run.outcome() {
+                    // A copy that did not come, for which this reader came to wait too late to have the source asked.
+                    Some(Err(FillError::NotHeld)) if !matches!(self.class, Class::Copy(_)) => return self.try_again(),
                     Some(Err(error)) => return Err(error.clone()),
                     // Written, and already evicted or invalidated.
                     Some(Ok(())) | None => return self.try_again(),

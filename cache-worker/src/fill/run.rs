@@ -16,7 +16,7 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use forebay_cache_store::{Chunk, WriteError};
-use forebay_protocol::{BLOCK_SIZE, block_checksum};
+use forebay_protocol::{BLOCK_SIZE, block_checksum, table::Member};
 use futures::{StreamExt, stream};
 use parking_lot::Mutex;
 use tokio::{
@@ -50,6 +50,10 @@ pub(super) struct Run {
     pace: Mutex<Option<Arc<Pace>>>,
     paced_anew: Notify,
     demand: AtomicBool,
+    /// Of a copy: who is asked for it, instead of the source.
+    pub(super) from: Option<Arc<Member>>,
+    /// Others than who takes a copy wait for it: then the source is asked, too.
+    wanted: AtomicBool,
     bypass: AtomicBool,
     /// The permit that every run has beside the budget.
     minimum: Arc<Semaphore>,
@@ -68,6 +72,8 @@ impl Run {
             pace: Mutex::new(class.pace()),
             paced_anew: Notify::new(),
             demand: AtomicBool::new(matches!(class, Class::Demand)),
+            from: if let Class::Copy(from) = class { Some(from.clone()) } else { None },
+            wanted: AtomicBool::new(!matches!(class, Class::Copy(_))),
             minimum: Arc::new(Semaphore::new(1)),
             outcome: OnceLock::new(),
         }
@@ -89,6 +95,9 @@ impl Run {
 
     /// Another request waits for it now, besides the one that began it, which may end before it does.
     pub(super) fn join(&self, class: &Class) {
+        if !matches!(class, Class::Copy(_)) {
+            self.wanted.store(true, Ordering::Relaxed);
+        }
         // One permit is kept for a waiter that comes later, so this is not lost.
         match class {
             Class::Demand => {
@@ -99,6 +108,8 @@ impl Run {
                 *self.pace.lock() = class.pace();
                 self.paced_anew.notify_one();
             }
+            // It takes what comes.
+            Class::Copy(_) => {}
         }
     }
 
@@ -216,6 +227,10 @@ async fn drive_one(ending: Ending, places: &Semaphore) {
     };
     let metrics = &fill.dataset.metrics;
     match &outcome {
+        // What is a copy itself was offered by somebody.
+        Ok(()) if run.from.is_none() && run.chunk.as_ref().is_some_and(|chunk| chunk.is_complete()) => {
+            fill.dataset.copies.came(&fill.path, &fill.version, fill.key);
+        }
         Ok(()) | Err(FillError::Stopping | FillError::NotHeld) => {}
         Err(FillError::VersionGone(message)) => {
             metrics.version_conflicts.inc();
@@ -256,6 +271,9 @@ async fn fetch(fill: &Arc<ChunkFill>, run: &Arc<Run>) -> Result<(), FillError> {
         let missing = peers::receive(fill, run, &queue).await?..run.blocks.end;
         if missing.is_empty() {
             return Ok(None);
+        }
+        if !run.wanted.load(Ordering::Relaxed) {
+            return Err(FillError::NotHeld);
         }
         receive(fill, run, missing, &pools, &queue).await
     };

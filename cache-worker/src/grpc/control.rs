@@ -7,7 +7,7 @@ use forebay_metadata::ScanState;
 use forebay_protocol::{
     DatasetId, FileVersion, VersionKey,
     worker::{
-        self as wire, FreeRequest, FreeResponse, InspectRequest, InspectResponse, LeaseRequest, LeaseResponse,
+        self as wire, CopyRequest, CopyResponse, FreeRequest, FreeResponse, InspectRequest, InspectResponse, LeaseRequest, LeaseResponse,
         LoadProgress, LoadRequest, PinRequest, PruneRequest, PruneResponse, RefreshRequest, ScanProgress,
         StatusRequest, StatusResponse, SupersedeRequest, SupersedeResponse, TableRequest, TableResponse,
         control_server::Control,
@@ -24,7 +24,7 @@ use tonic::{Request, Response, Status, async_trait};
 
 use super::{Answers, dataset_of, to_status, within};
 use crate::{
-    budget,
+    budget, copies,
     dataset::Dataset,
     load::{self, Found, Progress, Runs, Selection, TICK, Terms, WantedRun, path_of},
     notices, scan,
@@ -87,7 +87,7 @@ impl ControlService {
     }
 }
 
-fn file_version(file: wire::FileVersion) -> Result<Found, Status> {
+pub(crate) fn file_version(file: wire::FileVersion) -> Result<Found, Status> {
     let wire::FileVersion { path, size, mtime_ns, version_key } = file;
     let key = VersionKey::new(version_key).ok_or_else(|| Status::invalid_argument("the version key is too long"))?;
     Ok(Found { path: path_of(path)?, version: FileVersion { size, mtime_ns, key } })
@@ -285,6 +285,16 @@ impl Control for ControlService {
             Status::failed_precondition("this worker does not share out the request budgets of the dataset")
         })?;
         Ok(Response::new(LeaseResponse { leases }))
+    }
+
+    async fn copy(&self, request: Request<CopyRequest>) -> Result<Response<CopyResponse>, Status> {
+        let CopyRequest { dataset, from, chunks } = request.into_inner();
+        let dataset = self.dataset(&dataset)?;
+        within(async {
+            let outcomes = copies::take(&self.worker, &dataset, &from, chunks).await?;
+            Ok(Response::new(CopyResponse { outcomes }))
+        })
+        .await
     }
 
     async fn prune(&self, request: Request<PruneRequest>) -> Result<Response<PruneResponse>, Status> {

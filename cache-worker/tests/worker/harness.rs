@@ -12,7 +12,7 @@ use std::{
 
 use bytes::Bytes;
 use forebay_cache_worker::{
-    DatasetConfig, DatasetsFile, Policy, RunningWorker, SourceConfig, VolumeShape, WorkerOptions,
+    DatasetConfig, DatasetsFile, Policy, Replicas, RunningWorker, SourceConfig, VolumeShape, WorkerOptions,
 };
 use forebay_client::{Client, ClientConfig, ClientError, DatasetClient, EntryKind, MemoryBudget};
 use forebay_protocol::{
@@ -172,17 +172,7 @@ impl Cluster {
         let key = RuntimeKey::generate();
         let id = DatasetId::local("default", "data");
         write_private(&dir.path().join("key"), hex(key.expose()).as_bytes());
-        let mut dataset = DatasetConfig {
-            id,
-            namespace: "default".into(),
-            name: "data".into(),
-            sources: vec![at("/", source(&store, ""))],
-            policy: Policy::Hold,
-            quota: None,
-            shape: VolumeShape::Auto,
-            ttl: None,
-            sync_interval: None,
-        };
+        let mut dataset = with_sources(id, vec![at("/", source(&store, ""))]);
         change_dataset(&mut dataset);
         write_datasets(dir.path(), &[dataset]);
         let table = watch::Sender::new(Arc::new(WorkerTable { epoch: 1, members: Vec::new() }));
@@ -232,17 +222,7 @@ impl Cluster {
 
     /// The dataset with other sources.
     pub(crate) fn with_sources(&self, sources: Vec<SourceConfig>) -> DatasetConfig {
-        DatasetConfig {
-            id: self.id,
-            namespace: "default".into(),
-            name: "data".into(),
-            sources,
-            policy: Policy::Hold,
-            quota: None,
-            shape: VolumeShape::Auto,
-            ttl: None,
-            sync_interval: None,
-        }
+        with_sources(self.id, sources)
     }
 
     /// Writes a table of these workers.
@@ -430,6 +410,23 @@ pub(crate) async fn http_of(worker: &TestWorker, path: &str) -> String {
 /// A source at a path.
 pub(crate) fn at(path: &str, spec: SourceSpec) -> SourceConfig {
     SourceConfig { path: path.into(), spec, request_budget: Default::default(), problem: None }
+}
+
+fn with_sources(id: DatasetId, sources: Vec<SourceConfig>) -> DatasetConfig {
+    DatasetConfig {
+        id,
+        namespace: "default".into(),
+        name: "data".into(),
+        sources,
+        policy: Policy::Hold,
+        quota: None,
+        reserve: 0,
+        priority: 0,
+        ttl: None,
+        replicas: Replicas::default(),
+        shape: VolumeShape::Auto,
+        sync_interval: None,
+    }
 }
 
 fn write_datasets(dir: &Path, datasets: &[DatasetConfig]) {

@@ -3,6 +3,7 @@
 
 mod budget;
 mod control;
+mod copies;
 mod disk;
 mod faults;
 mod garbage;

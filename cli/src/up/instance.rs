@@ -470,8 +470,11 @@ fn dataset_config(dataset: &ValidatedDataset, workers: u32) -> DatasetConfig {
         sources,
         policy: forebay_worker_agent::policy(dataset.policy),
         quota: dataset.quota_bytes.map(|quota| quota.div_ceil(u64::from(workers))),
+        reserve: dataset.reserve_bytes.div_ceil(u64::from(workers)),
+        priority: dataset.priority,
         shape: forebay_worker_agent::shape(dataset.shape),
         ttl: dataset.ttl,
+        replicas: forebay_worker_agent::replicas(dataset.replicas),
         sync_interval: dataset.sync_interval,
     }
 }

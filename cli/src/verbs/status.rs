@@ -135,6 +135,7 @@ fn dataset_rows(session: &Session, views: &[RuntimeView]) -> Vec<Value> {
                 "files": scan.files,
                 "bytes": scan.bytes,
                 "cachedBytes": sums.cached_bytes,
+                "replicatedBytes": sums.replicated_bytes,
                 "pinnedBytes": sums.pinned_bytes,
                 "hitBytes": sums.hit_bytes,
                 "missBytes": sums.miss_bytes,

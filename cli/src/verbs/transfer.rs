@@ -136,6 +136,9 @@ pub struct TermsArgs {
     /// Read what is held again, and load again what is damaged
     #[arg(long)]
     verify: bool,
+    /// Have so many workers hold each file
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=16), value_name = "COUNT")]
+    replicas: Option<u32>,
     /// Bytes that all workers together ask the sources for in a second, at most
     #[arg(long, value_parser = quantity, value_name = "QUANTITY")]
     bandwidth: Option<u64>,
@@ -147,10 +150,11 @@ pub struct TermsArgs {
 impl TermsArgs {
     /// As workers are told.
     pub fn to_wire(self) -> LoadTerms {
-        let Self { pin, verify, bandwidth, requests_per_second } = self;
+        let Self { pin, verify, replicas, bandwidth, requests_per_second } = self;
         LoadTerms {
             pin,
             verify,
+            replicas: replicas.unwrap_or_default(),
             bytes_per_second: bandwidth.unwrap_or_default(),
             requests_per_second: requests_per_second.unwrap_or_default(),
         }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use forebay_cache_worker::{
-    DatasetConfig, DatasetsFile, Policy, RunningWorker, SourceConfig, TableFile, VolumeShape, WorkerOptions,
+    DatasetConfig, DatasetsFile, Policy, Replicas, RunningWorker, SourceConfig, TableFile, VolumeShape, WorkerOptions,
 };
 use forebay_fuse::{DatasetRef, KeySource, TableSource, VolumeConfig};
 use forebay_keeper::{Health, Keeper, KeeperOptions, MountSpec, VolumeStatus};
@@ -293,7 +293,10 @@ fn datasets(store: &TestStore) -> DatasetsFile {
         policy: Policy::Hold,
         quota: None,
         shape: VolumeShape::Auto,
-        ttl: None,
+        reserve: 0,
+            priority: 0,
+            ttl: None,
+            replicas: Replicas::default(),
         sync_interval: None,
     };
     DatasetsFile { datasets: vec![dataset] }

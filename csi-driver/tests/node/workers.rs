@@ -4,7 +4,7 @@
 use std::{net::SocketAddr, path::Path, time::Duration};
 
 use bytes::Bytes;
-use forebay_cache_worker::{DatasetConfig, DatasetsFile, Policy, SourceConfig, VolumeShape, WorkerOptions};
+use forebay_cache_worker::{DatasetConfig, DatasetsFile, Policy, Replicas, SourceConfig, VolumeShape, WorkerOptions};
 use forebay_protocol::{
     DatasetId,
     table::{Member, MemberState, WorkerTable},
@@ -55,7 +55,10 @@ fn dataset(store: &TestStore) -> DatasetConfig {
         policy: Policy::Hold,
         quota: None,
         shape: VolumeShape::Auto,
-        ttl: None,
+        reserve: 0,
+            priority: 0,
+            ttl: None,
+            replicas: Replicas::default(),
         sync_interval: None,
     }
 }

@@ -103,6 +103,7 @@ fn urgent_fields(status: &DatasetStatus) -> impl PartialEq + '_ {
         files,
         bytes,
         cached_bytes,
+        replicated_bytes,
         pinned_bytes,
         size: _,
         cached: _,
@@ -114,7 +115,8 @@ fn urgent_fields(status: &DatasetStatus) -> impl PartialEq + '_ {
         claim_name,
         conditions: _,
     } = status;
-    let known = [files, bytes, cached_bytes, pinned_bytes, hits, misses, evicted_bytes, expired_bytes];
+    let known =
+        [files, bytes, cached_bytes, replicated_bytes, pinned_bytes, hits, misses, evicted_bytes, expired_bytes];
     let known = known.map(Option::is_some);
     (observed_generation, phase, revision, last_refresh, known, hit_ratio_percent.is_some(), claim_name)
 }
@@ -123,8 +125,9 @@ fn urgent_fields(status: &DatasetStatus) -> impl PartialEq + '_ {
 fn changed(before: &DatasetStatus, after: &DatasetStatus) -> bool {
     let numbers = |status: &DatasetStatus| {
         let DatasetStatus { files, bytes, cached_bytes, pinned_bytes, hits, misses, .. } = status;
-        let DatasetStatus { evicted_bytes, expired_bytes, .. } = status;
-        [files, bytes, cached_bytes, pinned_bytes, hits, misses, evicted_bytes, expired_bytes].map(|number| *number)
+        let DatasetStatus { replicated_bytes, evicted_bytes, expired_bytes, .. } = status;
+        [files, bytes, cached_bytes, replicated_bytes, pinned_bytes, hits, misses, evicted_bytes, expired_bytes]
+            .map(|number| *number)
     };
     numbers(before).into_iter().zip(numbers(after)).any(|(old, new)| differs(old, new))
         || before.last_sync_time != after.last_sync_time
@@ -153,6 +156,7 @@ fn numbers(before: &DatasetStatus, found: &Found) -> DatasetStatus {
         size: bytes.map(human),
         cached_bytes: cached,
         cached: cached.map(human),
+        replicated_bytes: held(seen.map(|seen| seen.replicated), before.replicated_bytes),
         pinned_bytes: held(seen.map(|seen| seen.pinned), before.pinned_bytes),
         hits,
         misses,

@@ -145,6 +145,7 @@ fn container(start: &Start<'_>, workers: &WorkerArgs) -> Container {
     args.extend(manifest.config_map_ref.iter().map(|_| format!("--manifest-file={MANIFEST}/{LINES}")));
     args.extend((start.spec.load.pin == Apply::Always).then(|| "--pin".to_owned()));
     args.extend((start.spec.load.verify == Apply::Always).then(|| "--verify".to_owned()));
+    args.extend(start.spec.load.replicas.iter().map(|count| format!("--replicas={count}")));
     args.extend(bandwidth.iter().map(|bytes| format!("--bandwidth={}", bytes.as_str())));
     args.extend(requests_per_second.iter().map(|count| format!("--requests-per-second={count}")));
     Container {
@@ -261,6 +262,7 @@ mod tests {
                 }
                 "spec.load.pin" => edited["load"] = json!({"pin": "Always"}),
                 "spec.load.verify" => edited["load"] = json!({"verify": "Always"}),
+                "spec.load.replicas" => edited["load"] = json!({"replicas": 2}),
                 "spec.limits.bandwidth" => edited["limits"] = json!({"bandwidth": "1Mi"}),
                 "spec.limits.requestsPerSecond" => edited["limits"] = json!({"requestsPerSecond": 5}),
                 "spec.deadline" => edited["deadline"] = json!("2h"),
@@ -271,7 +273,7 @@ mod tests {
             assert_ne!(built("a", edited, "1"), before, "{}", row.field);
             count += 1;
         }
-        assert_eq!(count, 17);
+        assert_eq!(count, 18);
     }
 
     #[test]

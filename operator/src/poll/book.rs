@@ -59,6 +59,7 @@ pub struct DatasetSeen {
     /// A member serves it, or has not wiped it yet, by its last answer.
     pub is_held: bool,
     pub cached: u64,
+    pub replicated: u64,
     pub pinned: u64,
     pub hits: u64,
     pub misses: u64,
@@ -149,10 +150,18 @@ impl RuntimeSeen {
 #[derive(Default)]
 struct Last {
     seen: WorkerSeen,
-    /// Bytes that are cached and pinned of each Dataset that it holds; none of one that it is wiping.
-    datasets: HashMap<DatasetId, (u64, u64)>,
+    /// What is held of each Dataset that it holds; nothing of one that it is wiping.
+    datasets: HashMap<DatasetId, Held>,
     /// Loads that have a name.
     runs: HashMap<DatasetId, Vec<wire::LoadRun>>,
+}
+
+/// Bytes of a Dataset on a worker.
+#[derive(Clone, Copy, Default)]
+struct Held {
+    cached: u64,
+    replicated: u64,
+    pinned: u64,
 }
 
 /// What was said so far.
@@ -190,11 +199,13 @@ impl Book {
                 last.seen.tier_problem = status.tier_problem;
                 last.seen.is_known = true;
                 let wiping = status.wiping.iter().filter_map(|id| DatasetId::from_slice(id));
-                last.datasets = wiping.map(|id| (id, (0, 0))).collect();
+                last.datasets = wiping.map(|id| (id, Held::default())).collect();
                 last.runs.clear();
                 for mut dataset in status.datasets {
                     let Some(id) = DatasetId::from_slice(&dataset.dataset) else { continue };
-                    last.datasets.insert(id, (dataset.cached_bytes, dataset.pinned_bytes));
+                    let cached = dataset.cached_bytes;
+                    let held = Held { cached, replicated: dataset.replicated_bytes, pinned: dataset.pinned_bytes };
+                    last.datasets.insert(id, held);
                     last.runs.insert(id, std::mem::take(&mut dataset.runs));
                     if let Some(published) = published.get(&id) {
                         let counts = Counts {
@@ -210,10 +221,11 @@ impl Book {
                     seen.datasets.entry(id).or_default().hear(dataset, serving);
                 }
             }
-            for (id, (cached, pinned)) in &last.datasets {
+            for (id, Held { cached, replicated, pinned }) in &last.datasets {
                 let dataset = seen.datasets.entry(*id).or_default();
                 dataset.is_held = true;
                 dataset.cached += cached;
+                dataset.replicated += replicated;
                 dataset.pinned += pinned;
             }
             for (id, runs) in last.runs.iter().filter(|_| serving) {

@@ -272,6 +272,10 @@ impl Control for Names {
         Err(Status::unimplemented("not here"))
     }
 
+    async fn copy(&self, _: Request<worker::CopyRequest>) -> Answer<worker::CopyResponse> {
+        Err(Status::unimplemented("not here"))
+    }
+
     async fn lease(&self, _: Request<worker::LeaseRequest>) -> Answer<worker::LeaseResponse> {
         Err(Status::unimplemented("not here"))
     }
