@@ -61,6 +61,9 @@ pub struct WorkerOptions {
     /// How long the table must have been the same before what others are to hold is spare here: until then they may ask
     /// for it.
     pub spare_after: Duration,
+    /// Blocks of one chunk, and requests for them, in a second with which a worker is busy enough, so that others are to
+    /// have a copy, where the dataset may have more. 2,000 are 1,000 small files or 128 MB, a tenth of what a core sends.
+    pub hot_blocks_per_second: u64,
 }
 
 impl Default for WorkerOptions {
@@ -81,6 +84,7 @@ impl Default for WorkerOptions {
             memory_budget: 256 << 20,
             drain: Duration::ZERO,
             spare_after: Duration::from_secs(600),
+            hot_blocks_per_second: 2000,
         }
     }
 }

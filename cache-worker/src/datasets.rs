@@ -249,5 +249,11 @@ impl Datasets {
 }
 
 fn policy(config: &DatasetConfig) -> DatasetPolicy {
-    DatasetPolicy { policy: config.policy, quota: config.quota, ttl: config.ttl, reserve: config.reserve, priority: config.priority }
+    DatasetPolicy {
+        policy: config.policy,
+        quota: config.quota,
+        ttl: config.ttl,
+        reserve: config.reserve,
+        priority: config.priority,
+    }
 }

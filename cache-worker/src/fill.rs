@@ -36,9 +36,7 @@ use std::{
 };
 
 use forebay_cache_store::ChunkStore;
-use forebay_protocol::{
-    BLOCK_SIZE, CHUNK_SIZE, ChunkKey, DatasetPath, FileVersion, frame::FailureCode, table::Member,
-};
+use forebay_protocol::{BLOCK_SIZE, CHUNK_SIZE, ChunkKey, DatasetPath, FileVersion, frame::FailureCode, table::Member};
 use forebay_under_store::{Allowance, Limits, StoreError, Verb};
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, mpsc, oneshot};

@@ -19,6 +19,7 @@ mod dataset;
 mod datasets;
 mod fill;
 mod grpc;
+mod heat;
 mod http;
 mod listener;
 mod load;

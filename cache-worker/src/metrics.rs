@@ -61,6 +61,7 @@ pub(crate) struct Metrics {
     pub(crate) tier_healthy: Gauge,
     pub(crate) budget_free: Gauge,
     pub(crate) chunks_in_flight: Gauge,
+    pub(crate) hot_chunks: Gauge,
     pub(crate) table_epoch: Gauge,
     datasets: DatasetFamilies,
 }
@@ -165,6 +166,7 @@ impl Metrics {
             tier_healthy: Gauge::default(),
             budget_free: Gauge::default(),
             chunks_in_flight: Gauge::default(),
+            hot_chunks: Gauge::default(),
             table_epoch: Gauge::default(),
             datasets: DatasetFamilies::default(),
         };
@@ -240,6 +242,11 @@ impl Metrics {
             self.budget_free.clone(),
         );
         r.register("chunks_in_flight", "Chunks of which blocks are being fetched", self.chunks_in_flight.clone());
+        r.register(
+            "hot_chunks",
+            "Chunks so much in demand that their readers are told to ask several workers",
+            self.hot_chunks.clone(),
+        );
         r.register("table_epoch", "Epoch of the worker table in force", self.table_epoch.clone());
         self.datasets.register(r);
     }

@@ -40,7 +40,9 @@ use crate::{
     dataset::Dataset,
     datasets::Datasets,
     fill::{FillEngine, Peers},
-    grpc, http, listener,
+    grpc,
+    heat::Heat,
+    http, listener,
     members::Members,
     metrics::{Metrics, level},
     notices, reload,
@@ -77,6 +79,8 @@ pub(crate) struct Worker {
     /// For walks through the owners of directories.
     pub(crate) client: Client,
     pub(crate) metrics: Arc<Metrics>,
+    /// What readers ask for most.
+    pub(crate) heat: Heat,
     /// A client knows a newer table.
     pub(crate) newer_table: Notify,
     loaded: SetOnce<()>,
@@ -121,6 +125,7 @@ impl Worker {
             level(&m.tier_healthy, u64::from(totals.problem.is_none() && !worker.engine.disk().is_hung()));
             level(&m.budget_free, worker.engine.budget_available());
             level(&m.chunks_in_flight, worker.engine.chunks_in_flight() as u64);
+            level(&m.hot_chunks, worker.heat.chunks() as u64);
             level(&m.table_epoch, worker.members.table().epoch);
             for dataset in worker.datasets.all() {
                 dataset.sample_metrics(&worker.store.usage(dataset.id));
@@ -254,6 +259,7 @@ impl RunningWorker {
             client: Client::new(client_config, members.subscribe()),
             members,
             metrics,
+            heat: Heat::default(),
             newer_table: Notify::new(),
             loaded: SetOnce::new(),
             draining: AtomicBool::new(false),

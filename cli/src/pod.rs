@@ -121,6 +121,7 @@ impl PodArgs {
             },
             memory_budget: self.memory << 20,
             drain: Duration::from_secs(self.drain),
+            ..WorkerOptions::default()
         };
         Ok((worker, AgentOptions { namespace, runtime, state_dir: self.state_dir.clone() }))
     }

@@ -17,6 +17,7 @@ use crate::{
     dataset::DatasetClient,
     discovery::Discovery,
     error::ClientError,
+    hot::Hot,
     members::Members,
     memory::MemoryBudget,
     metrics::{ClientMetrics, Counters, MemberMetrics, load},
@@ -51,6 +52,7 @@ pub(crate) struct Inner {
     pub(crate) budget: Budget,
     pub(crate) members: Members,
     pub(crate) counters: Counters,
+    pub(crate) hot: Hot,
     pub(crate) holders: Arc<Holders>,
     /// Highest known generation by dataset; shared by all handles of one dataset.
     generations: Mutex<HashMap<DatasetId, Weak<AtomicU64>>>,
@@ -75,6 +77,7 @@ impl Client {
             config,
             budget,
             counters: Counters::default(),
+            hot: Hot::default(),
             holders,
             generations: Mutex::default(),
             epochs: watch::Sender::new(epoch),

@@ -57,7 +57,7 @@ pub(crate) enum Event {
     /// Some of its blocks, not yet verified.
     Data { first_block: u64, checksums: Vec<u32>, bytes: Bytes },
     /// The worker says that this was all.
-    End { hit_blocks: u32, miss_blocks: u32 },
+    End { hit_blocks: u32, miss_blocks: u32, workers: u8 },
     /// The worker says no.
     Failure { code: FailureCode, message: String },
     /// It gave its memory back while it waited, and there is none now that its bytes came.
@@ -351,7 +351,7 @@ impl Shared {
                 }
                 return Ok(());
             }
-            Answer::End { hit_blocks, miss_blocks } => Event::End { hit_blocks, miss_blocks },
+            Answer::End { hit_blocks, miss_blocks, workers } => Event::End { hit_blocks, miss_blocks, workers },
             Answer::Failure { code, message } => Event::Failure { code, message },
             Answer::Alive => return Err("a sign of life for a request".into()),
         };

@@ -26,6 +26,8 @@ pub(crate) struct Rotation<'a> {
     client: &'a Inner,
     key: u64,
     deadline: Instant,
+    /// The first so many members of the order are asked in turns.
+    turns: usize,
     rounds: u32,
     queue: VecDeque<Arc<Member>>,
     /// Whether this round has only healthy members.
@@ -41,12 +43,18 @@ impl<'a> Rotation<'a> {
             client,
             key,
             deadline,
+            turns: 1,
             rounds: 0,
             queue: VecDeque::new(),
             healthy: false,
             last_error: None,
             distrusted: Vec::new(),
         }
+    }
+
+    /// Begins with any of the first `workers`.
+    pub(crate) fn in_turns(self, workers: usize) -> Self {
+        Self { turns: workers.max(1), ..self }
     }
 
     /// The next member to ask, or that the deadline passed.
@@ -84,7 +92,11 @@ impl<'a> Rotation<'a> {
     }
 
     fn refill(&mut self) {
-        let order = self.client.members.snapshot().order(self.key);
+        let mut order = self.client.members.snapshot().order(self.key);
+        let turns = self.turns.min(order.len());
+        if turns > 1 {
+            order[..turns].rotate_left(rand::random_range(0..turns));
+        }
         if order.is_empty() {
             self.last_error = Some("the worker table is empty".into());
         }

@@ -113,8 +113,8 @@ pub(crate) async fn fetch(
     let Order { range, purpose, may_park, deadline } = order;
     let key = ChunkKey { file: target.identity, index: (range.first / CHUNK_BLOCKS) as u32 }.placement_key();
     let room = Room::new(permit);
-    let mut rotation = Rotation::new(client, key, deadline);
-    let mut job = Job { client, target, range, purpose, may_park, deadline, next: range.first, room, sink };
+    let mut rotation = Rotation::new(client, key, deadline).in_turns(client.hot.workers(key));
+    let mut job = Job { client, target, key, range, purpose, may_park, deadline, next: range.first, room, sink };
     let mut sources_away = 0;
     loop {
         let member = rotation.next().await.map_err(FetchError::Failed)?;
@@ -161,6 +161,8 @@ pub(crate) async fn fetch(
 struct Job<'a> {
     client: &'a Inner,
     target: &'a Target,
+    /// The chunk's, in the placement.
+    key: u64,
     range: BlockRange,
     purpose: Purpose,
     may_park: bool,
@@ -251,7 +253,8 @@ impl Job<'_> {
                         return Err(Attempt::Lied(why));
                     }
                 }
-                Event::End { hit_blocks, miss_blocks } => {
+                Event::End { hit_blocks, miss_blocks, workers } => {
+                    self.client.hot.told(self.key, workers);
                     count(&self.client.counters.hit_blocks, u64::from(hit_blocks).min(self.range.count));
                     count(&self.client.counters.miss_blocks, u64::from(miss_blocks).min(self.range.count));
                     if self.next < self.end() {

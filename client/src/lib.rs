@@ -34,6 +34,7 @@ mod error;
 mod failover;
 mod fetch;
 mod health;
+mod hot;
 mod members;
 mod memory;
 mod metrics;

@@ -6,7 +6,7 @@
 //!           verify u8 (0 or 1), key length u8, path length u16, key, path                   client to worker
 //! Cancel  = (nothing)                                                                       client to worker
 //! Data    = first_block u64, blocks u32, checksums [u32; blocks], bytes                     worker to client
-//! End     = hit_blocks u32, miss_blocks u32                                                 worker to client
+//! End     = hit_blocks u32, miss_blocks u32[, workers u8]                                   worker to client
 //! Failure = code u16, message length u16, message                                           worker to client
 //! Alive   = (nothing), request 0                                                            worker to client
 //! ```
@@ -14,6 +14,7 @@
 //! A Read is answered by Data frames in the order of blocks, then End; or, at any point, by Failure. `Alive` is sent
 //! every [`ALIVE_INTERVAL`] while requests are open, so that a stopped worker differs from a slow source. A client that
 //! got a bad block asks the same worker once more, with `verify`: what rotted on its disk is found and fetched again.
+//! `workers` stands there when so many, the first of the chunk's order, hold it and are to be asked in turns.
 
 use std::time::Duration;
 
@@ -177,6 +178,8 @@ pub enum Answer {
         hit_blocks: u32,
         /// Blocks that were fetched.
         miss_blocks: u32,
+        /// Workers, the first of the chunk's order, that are to be asked for it in turns; 1: it is nothing special.
+        workers: u8,
     },
     /// The read failed.
     Failure {
@@ -331,10 +334,14 @@ pub fn encode_answer(out: &mut BytesMut, number: u64, answer: &Answer) {
             encode_data_head(out, number, *first_block, checksums, bytes.len());
             out.put_slice(bytes);
         }
-        Answer::End { hit_blocks, miss_blocks } => {
-            put_header(out, KIND_END, number, 8);
+        Answer::End { hit_blocks, miss_blocks, workers } => {
+            let several = *workers > 1;
+            put_header(out, KIND_END, number, if several { 9 } else { 8 });
             out.put_u32_le(*hit_blocks);
             out.put_u32_le(*miss_blocks);
+            if several {
+                out.put_u8(*workers);
+            }
         }
         Answer::Failure { code, message } => {
             let mut end = message.len().min(MAX_MESSAGE);
@@ -359,9 +366,11 @@ pub fn decode_answer(header: &Header, mut body: Bytes) -> Result<Answer, FrameEr
             let checksums = (0..range.count).map(|_| body.get_u32_le()).collect();
             Ok(Answer::Data { first_block: range.first, checksums, bytes: body })
         }
-        KIND_END if body.len() == 8 => {
-            Ok(Answer::End { hit_blocks: body.get_u32_le(), miss_blocks: body.get_u32_le() })
-        }
+        KIND_END if matches!(body.len(), 8 | 9) => Ok(Answer::End {
+            hit_blocks: body.get_u32_le(),
+            miss_blocks: body.get_u32_le(),
+            workers: if body.is_empty() { 1 } else { body.get_u8() },
+        }),
         KIND_FAILURE => {
             if body.len() < 4 {
                 return Err(FrameError::Field("length"));
@@ -488,7 +497,8 @@ mod tests {
                 checksums: vec![1, 2],
                 bytes: Bytes::from(vec![7; BLOCK_SIZE as usize + 1]),
             },
-            Answer::End { hit_blocks: 1, miss_blocks: 2 },
+            Answer::End { hit_blocks: 1, miss_blocks: 2, workers: 1 },
+            Answer::End { hit_blocks: 1, miss_blocks: 2, workers: 3 },
             Answer::Failure { code: FailureCode::VersionGone, message: "gone".into() },
             Answer::Alive,
         ];

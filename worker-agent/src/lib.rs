@@ -19,7 +19,7 @@ mod secrets;
 mod watch;
 
 pub use agent::{AgentOptions, run, run_with};
-pub use plan::{policy, request_budget, shape};
+pub use plan::{policy, replicas, request_budget, shape};
 
 /// The worker table, below the state directory.
 pub const TABLE: &str = "table.json";

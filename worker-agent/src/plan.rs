@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use forebay_api::{Addressing, CacheRuntime, Dataset, MemberState as ApiState, Source};
+use forebay_api::{Addressing, CacheRuntime, Dataset, MemberState as ApiState, Quantity, Source};
 use forebay_cache_worker::{
     DatasetConfig, DatasetsFile, Policy, Replicas, RequestBudget, SourceConfig, SourceProblem, TableFile, VolumeShape,
 };

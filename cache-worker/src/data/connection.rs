@@ -31,6 +31,7 @@ use super::{
 use crate::{
     dataset::Dataset,
     fill::{BlockReader, CHUNK_BLOCKS, Class, FillError, Piece, Wanted},
+    heat,
     worker::Worker,
 };
 
@@ -241,7 +242,7 @@ impl Drop for OpenRequest {
 
 async fn answer(worker: &Arc<Worker>, queue: &mpsc::Sender<Frame>, number: u64, read: Read) {
     let last = match read_blocks(worker, queue, number, read).await {
-        Ok((hit_blocks, miss_blocks)) => Answer::End { hit_blocks, miss_blocks },
+        Ok(end) => end,
         Err(Refusal { code, message }) => {
             worker.metrics.failed(code);
             failure(code, message)
@@ -267,7 +268,7 @@ async fn read_blocks(
     queue: &mpsc::Sender<Frame>,
     number: u64,
     read: Read,
-) -> Result<(u32, u32), Refusal> {
+) -> Result<Answer, Refusal> {
     worker.saw_epoch(read.epoch);
     let dataset = worker.datasets.get(&read.dataset).ok_or_else(|| Refusal {
         code: FailureCode::UnknownDataset,
@@ -281,14 +282,16 @@ async fn read_blocks(
         Purpose::ReadAhead | Purpose::Load => worker.engine.read(wanted.clone(), Class::Background, verify).await?,
         Purpose::Peer => worker.engine.read_held(wanted.clone(), verify).await?,
     };
+    let mut workers = 1;
     if matches!(purpose, Purpose::Demand | Purpose::ReadAhead) {
         dataset.count_request(&wanted, bytes, reader.hits);
+        workers = heat::note(worker, &wanted);
     }
     let closed = || Refusal { code: FailureCode::Internal, message: "the connection is closed".into() };
     while let Some(piece) = reader.next().await? {
         queue.send(data_frame(&dataset, number, piece)).await.map_err(|_| closed())?;
     }
-    Ok((reader.hits, reader.misses))
+    Ok(Answer::End { hit_blocks: reader.hits, miss_blocks: reader.misses, workers })
 }
 
 /// The chunk and its blocks that a request (whose range the decoder has checked) asks for, and their bytes.

@@ -7,10 +7,10 @@ use forebay_metadata::ScanState;
 use forebay_protocol::{
     DatasetId, FileVersion, VersionKey,
     worker::{
-        self as wire, CopyRequest, CopyResponse, FreeRequest, FreeResponse, InspectRequest, InspectResponse, LeaseRequest, LeaseResponse,
-        LoadProgress, LoadRequest, PinRequest, PruneRequest, PruneResponse, RefreshRequest, ScanProgress,
-        StatusRequest, StatusResponse, SupersedeRequest, SupersedeResponse, TableRequest, TableResponse,
-        control_server::Control,
+        self as wire, CopyRequest, CopyResponse, FreeRequest, FreeResponse, InspectRequest, InspectResponse,
+        LeaseRequest, LeaseResponse, LoadProgress, LoadRequest, PinRequest, PruneRequest, PruneResponse,
+        RefreshRequest, ScanProgress, StatusRequest, StatusResponse, SupersedeRequest, SupersedeResponse, TableRequest,
+        TableResponse, control_server::Control,
     },
 };
 use parking_lot::Mutex;

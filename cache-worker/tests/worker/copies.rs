@@ -91,7 +91,8 @@ async fn copies_cost_no_fetch_and_are_made_again_after_a_loss() {
     read_all(&cluster).await;
     let gets = cluster.store.counters().gets;
     held(&cluster, 2 * ALL).await;
-    eventually("copies that are counted", || async { cluster.sum(|status| status.replicated_bytes).await == ALL }).await;
+    eventually("copies that are counted", || async { cluster.sum(|status| status.replicated_bytes).await == ALL })
+        .await;
     assert_eq!(cluster.store.counters().gets, gets, "copies come from workers");
     // With all that it had.
     cluster.workers[1].kill().await;
@@ -110,7 +111,8 @@ async fn copies_cost_no_fetch_and_are_made_again_after_a_loss() {
     cluster.workers[1].start().await;
     cluster.publish(vec![0, 1, 3]);
     cluster.ready().await;
-    eventually("a new worker that has its part", || async { cluster.status(1).await.cached_bytes > FILES * SIZE / 2 }).await;
+    eventually("a new worker that has its part", || async { cluster.status(1).await.cached_bytes > FILES * SIZE / 2 })
+        .await;
     read_all(&cluster).await;
     assert_eq!(cluster.store.counters().gets, gets, "nothing is fetched twice");
 }
@@ -149,7 +151,8 @@ async fn a_load_whose_copies_have_no_room_says_so() {
     assert!(progress.failed_files > FILES / 4, "{}", progress.failed_files);
     assert!(progress.failures[0].contains("no copy on worker w-1: it was not admitted"), "{:?}", progress.failures);
     let metrics = http_of(&cluster.workers[0], "/metrics").await;
-    let refused = format!("copies_without_room_total{{namespace=\"default\",dataset=\"data\"}} {}", progress.failed_files);
+    let refused =
+        format!("copies_without_room_total{{namespace=\"default\",dataset=\"data\"}} {}", progress.failed_files);
     assert!(metrics.contains(&refused), "{metrics}");
 }
 
@@ -221,4 +224,36 @@ async fn a_worker_that_leaves_hands_its_pins_on() {
     cluster.ready().await;
     read_all(&cluster).await;
     assert_eq!(cluster.store.counters().gets, gets, "nothing is fetched twice");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readers_of_a_hot_file_are_spread_over_workers() {
+    let sensitive = |options: &mut forebay_cache_worker::WorkerOptions| options.hot_blocks_per_second = 20;
+    let cluster = Cluster::start_with(4, sensitive, |dataset| dataset.replicas = Replicas { min: 1, max: 3 }).await;
+    for file in 0..20 {
+        cluster.put(&format!("{file}"), file, SIZE).await;
+    }
+    cluster.refresh("/").await;
+    let served = || async {
+        let statuses = join_all((0..4).map(|worker| cluster.status(worker))).await;
+        statuses.iter().map(|status| status.served_bytes).collect::<Vec<_>>()
+    };
+    for file in 0..20 {
+        cluster.check(&format!("/{file}"), file, SIZE).await;
+    }
+    let before = served().await;
+    eventually("three workers that serve the hot file", || async {
+        for _ in 0..50 {
+            cluster.check("/7", 7, SIZE).await;
+        }
+        let now = served().await;
+        let busy = now.iter().zip(&before).filter(|(now, before)| **now >= **before + 10 * SIZE);
+        busy.count() == 3
+    })
+    .await;
+    assert_eq!(cluster.store.counters().gets, 20, "copies come from workers");
+    // The others stay where they are.
+    assert_eq!(cluster.sum(|status| status.cached_chunks).await, 20 + 2);
+    let hot = join_all(cluster.workers.iter().map(|worker| http_of(worker, "/metrics"))).await;
+    assert_eq!(hot.iter().filter(|metrics| metrics.contains("forebay_worker_hot_chunks 1\n")).count(), 1);
 }

@@ -218,7 +218,7 @@ async fn a_peer_gets_only_what_is_held() {
     encode_request(&mut frames, 2, &peer(0, 16));
     stream.write_all(&frames).await.unwrap();
     assert!(matches!(answer(&mut stream).await, (2, Answer::Data { first_block: 0, .. })));
-    assert!(matches!(answer(&mut stream).await, (2, Answer::End { hit_blocks: 16, miss_blocks: 0 })));
+    assert!(matches!(answer(&mut stream).await, (2, Answer::End { hit_blocks: 16, miss_blocks: 0, .. })));
 
     let unknown = Request::Read(Read {
         dataset: forebay_protocol::DatasetId::local("other", "x"),

@@ -294,9 +294,9 @@ fn datasets(store: &TestStore) -> DatasetsFile {
         quota: None,
         shape: VolumeShape::Auto,
         reserve: 0,
-            priority: 0,
-            ttl: None,
-            replicas: Replicas::default(),
+        priority: 0,
+        ttl: None,
+        replicas: Replicas::default(),
         sync_interval: None,
     };
     DatasetsFile { datasets: vec![dataset] }

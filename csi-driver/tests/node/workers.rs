@@ -56,9 +56,9 @@ fn dataset(store: &TestStore) -> DatasetConfig {
         quota: None,
         shape: VolumeShape::Auto,
         reserve: 0,
-            priority: 0,
-            ttl: None,
-            replicas: Replicas::default(),
+        priority: 0,
+        ttl: None,
+        replicas: Replicas::default(),
         sync_interval: None,
     }
 }

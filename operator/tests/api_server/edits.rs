@@ -370,7 +370,25 @@ pub(crate) async fn of_each_field_of_a_dataset(cluster: &Cluster) {
             passed("spec.cache.policy", "/cache/policy", json!("LRU"), told, "/datasets/0/policy"),
             // Each of the two workers has its half.
             seen("spec.cache.quota", "/cache/quota", json!("4Gi"), told, "/datasets/0/quota", json!(2_u64 << 30)),
+            seen("spec.cache.reserve", "/cache/reserve", json!("2Gi"), told, "/datasets/0/reserve", json!(1_u64 << 30)),
+            passed("spec.cache.priority", "/cache/priority", json!(5), told, "/datasets/0/priority"),
             seen("spec.cache.ttl", "/cache/ttl", json!("72h"), told, "/datasets/0/ttl/secs", json!(259_200)),
+            seen(
+                "spec.cache.replicas.min",
+                "/cache/replicas",
+                json!({"min": 2}),
+                told,
+                "/datasets/0/replicas/min",
+                json!(2),
+            ),
+            seen(
+                "spec.cache.replicas.max",
+                "/cache/replicas",
+                json!({"min": 1, "max": 3}),
+                told,
+                "/datasets/0/replicas/max",
+                json!(3),
+            ),
             passed("spec.volume.shape", "/volume/shape", json!("Small"), told, "/datasets/0/shape"),
         ])
         .await;

@@ -290,7 +290,7 @@ async fn answer(frames: &mpsc::Sender<Out>, number: u64, read: &Read, reply: Rep
         }
         Reply::Stranger => {
             let mut out = BytesMut::new();
-            encode_answer(&mut out, number + 1000, &Answer::End { hit_blocks: 1, miss_blocks: 0 });
+            encode_answer(&mut out, number + 1000, &Answer::End { hit_blocks: 1, miss_blocks: 0, workers: 1 });
             let _ = frames.send(Out::Bytes(out)).await;
             return;
         }
@@ -331,6 +331,6 @@ async fn answer(frames: &mpsc::Sender<Out>, number: u64, read: &Read, reply: Rep
             let _ = frames.send(Out::Bytes(again)).await;
         }
     }
-    let end = Answer::End { hit_blocks: read.range.count as u32, miss_blocks: 0 };
+    let end = Answer::End { hit_blocks: read.range.count as u32, miss_blocks: 0, workers: 1 };
     let _ = frames.send(Out::Bytes(send(&end))).await;
 }
