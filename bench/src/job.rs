@@ -33,6 +33,8 @@ use crate::{
 /// The first argument of such a process.
 pub const ARGUMENT: &str = "job";
 
+/// Files that a mount is told of ahead of the readers, as a sampler does it.
+const AHEAD: usize = 4096;
 /// The longest that one piece of work may take.
 const LONGEST: Duration = Duration::from_secs(300);
 
@@ -53,6 +55,8 @@ pub enum Work {
     Random { file: Large, block: u64, count: u64 },
     /// Opens, reads to the end, and closes the files `first`, `first + step`, ... of a set in random order.
     Files { root: PathBuf, set: Set, first: u64, step: u64, threads: u64, verify: bool },
+    /// The same with all files, by so many readers; with `told`, the mount is told the order ahead of them.
+    Announced { root: PathBuf, set: Set, threads: u64, told: bool },
     /// Lists all directories, and asks for the attributes of every entry.
     Walk { root: PathBuf, set: Set },
     /// Opens, reads past the page cache and closes files of a set at random, and lists its directories beside that, for
@@ -180,7 +184,11 @@ impl Work {
             Self::Mmap { file } => timed(|| read::mmap(&file)),
             Self::Random { file, block, count } => read::random(&file, block, count),
             Self::Files { root, set, first, step, threads, verify } => {
-                read::files(&root, &set, (first..set.files).step_by(step as usize).collect(), threads, verify)
+                read::files(&root, &set, (first..set.files).step_by(step as usize).collect(), threads, verify, None)
+            }
+            Self::Announced { root, set, threads, told } => {
+                let ahead = told.then_some(AHEAD);
+                read::files(&root, &set, (0..set.files).collect(), threads, true, ahead)
             }
             Self::Walk { root, set } => timed(|| read::walk(&root, &set)),
             Self::Latencies { root, set, readers, lasting } => {

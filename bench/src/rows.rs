@@ -3,6 +3,7 @@
 mod at_once;
 mod budget;
 mod cold;
+mod hints;
 mod index;
 mod large;
 mod preload;
@@ -30,6 +31,8 @@ pub enum Group {
     Shape,
     /// From a store that is far away.
     Cold,
+    /// The same, in an order that the mount is told.
+    Hints,
     /// Loaded before it is read.
     Preload,
     /// What a source gets from several workers.
@@ -46,12 +49,13 @@ pub enum Group {
 
 impl Group {
     /// In the order in which they are measured.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Large,
         Self::Small,
         Self::Walk,
         Self::Shape,
         Self::Cold,
+        Self::Hints,
         Self::Preload,
         Self::Budget,
         Self::Transport,
@@ -68,6 +72,7 @@ impl Group {
             Self::Walk => &walk::CLAIMS,
             Self::Shape => &shape::CLAIMS,
             Self::Cold => &cold::CLAIMS,
+            Self::Hints => &hints::CLAIMS,
             Self::Preload => &preload::CLAIMS,
             Self::Budget => &budget::CLAIMS,
             Self::Transport => &transport::CLAIMS,
@@ -85,6 +90,7 @@ impl Group {
             Self::Walk => walk::run(bench, report).await,
             Self::Shape => shape::run(bench, report).await,
             Self::Cold => cold::run(bench, report).await,
+            Self::Hints => hints::run(bench, report).await,
             Self::Preload => preload::run(bench, report).await,
             Self::Budget => budget::run(bench, report).await,
             Self::Transport => transport::run(bench, report).await,

@@ -106,6 +106,12 @@ impl Budget {
         self.try_take(bytes, true)
     }
 
+    /// For what is fetched ahead of a first read: only from the half of what read-ahead may have.
+    pub(crate) fn try_hint(&self, bytes: usize) -> Option<Permit> {
+        let of_read_ahead = self.inner.state.lock().read_ahead + bytes;
+        (of_read_ahead <= self.inner.read_ahead_limit / 2).then(|| self.try_read_ahead(bytes)).flatten()
+    }
+
     fn try_take(&self, bytes: usize, read_ahead: bool) -> Option<Permit> {
         let mut state = self.inner.state.lock();
         let fits = state.waiters.is_empty()

@@ -55,6 +55,6 @@ pub use forebay_protocol::worker::{control_client::ControlClient, metadata_clien
 pub use memory::{MIN_BUDGET, MemoryBudget, MemoryUsage};
 pub use metrics::{ClientMetrics, MemberMetrics};
 pub use probe::{Probe, ProbedMember};
-pub use reader::FileReader;
+pub use reader::{Ahead, FileReader};
 pub use walk::{Walk, WalkEntry};
 pub use watch::{Event, Watch};

@@ -13,7 +13,7 @@ use std::{
 
 use bytes::Bytes;
 use forebay_protocol::{BLOCK_SIZE, BlockRange, FileVersion, frame::Purpose};
-use futures::future::try_join_all;
+use futures::future::{BoxFuture, try_join_all};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
@@ -29,6 +29,9 @@ use crate::{
 
 /// Files up to this size are fetched whole by the first read.
 const SMALL_FILE: u64 = 1 << 20;
+/// Bytes at the beginning of a larger file that are fetched ahead of its first read, where that is announced: read-ahead
+/// goes on from there.
+const AHEAD: u64 = 4 << 20;
 /// What lies so far behind a stream's end is not waited for any more.
 const BEHIND: u64 = 4 << 20;
 
@@ -50,6 +53,16 @@ struct State {
     /// By first block; they do not overlap.
     segments: BTreeMap<u64, Arc<Segment>>,
     touched: Instant,
+}
+
+/// What came of fetching ahead.
+pub enum Ahead {
+    /// There is no memory for it now.
+    NoMemory,
+    /// It is there, or somebody fetches it.
+    There,
+    /// It is fetched, until this ends.
+    UnderWay(BoxFuture<'static, ()>),
 }
 
 /// Where a part of a read comes from.
@@ -117,6 +130,20 @@ impl FileReader {
             Err(Unhelpful::Failed(error)) => return Err(error),
         };
         Ok(cut(pieces, offset, len))
+    }
+
+    /// Begins to fetch the beginning of the file, all of a small one, ahead of its first read, which will find it here.
+    pub fn fetch_ahead(&self) -> Ahead {
+        let shared = &self.shared;
+        let range = BlockRange::covering(0, shared.size().min(if shared.is_small() { SMALL_FILE } else { AHEAD }));
+        let mut state = shared.state.lock();
+        if range.count == 0 || overlaps(&state.segments, range) {
+            return Ahead::There;
+        }
+        let Some(permit) = shared.client.budget.try_hint(cost(range, shared.size())) else { return Ahead::NoMemory };
+        let deadline = shared.client.deadline();
+        let segment = shared.begin(&mut state, range, None, Purpose::ReadAhead, permit, deadline);
+        Ahead::UnderWay(Box::pin(async move { segment.ended().await }))
     }
 }
 
@@ -300,7 +327,7 @@ impl Shared {
             let wanted = cost(self.whole(), size);
             match permit.take() {
                 Some(permit) if paid >= wanted => {
-                    let segment = self.begin(&mut state, self.whole(), None, permit, deadline);
+                    let segment = self.begin(&mut state, self.whole(), None, Purpose::Demand, permit, deadline);
                     found = vec![(blocks, Some(segment))];
                 }
                 _ => return Err(wanted),
@@ -335,11 +362,11 @@ impl Shared {
         state: &mut State,
         range: BlockRange,
         stream: Option<u64>,
+        purpose: Purpose,
         permit: Permit,
         deadline: Instant,
     ) -> Arc<Segment> {
         let segment = Segment::new(range, range.len(self.size()), stream, deadline);
-        let purpose = if stream.is_some() { Purpose::ReadAhead } else { Purpose::Demand };
         let order = Order { range, purpose, may_park: stream.is_none(), deadline };
         let (client, target, reader) = (self.client.clone(), self.target.clone(), self.this.clone());
         let held = Arc::downgrade(&segment);
@@ -392,7 +419,7 @@ impl Shared {
             }
             count(&self.client.counters.read_ahead_bytes, range.len(self.size()));
             let deadline = self.client.deadline();
-            self.begin(&mut state, range, Some(advice.stream), permit, deadline);
+            self.begin(&mut state, range, Some(advice.stream), Purpose::ReadAhead, permit, deadline);
         }
     }
 

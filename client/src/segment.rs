@@ -91,6 +91,12 @@ impl Segment {
         self.progress.borrow().ended.is_some()
     }
 
+    /// Ready when its request has ended.
+    pub(crate) async fn ended(&self) {
+        // The sender is this segment's own.
+        let _ = self.progress.subscribe().wait_for(|progress| progress.ended.is_some()).await;
+    }
+
     /// Bytes that no read took yet.
     pub(crate) fn unused(&self) -> u64 {
         self.len.saturating_sub(self.used.load(Ordering::Relaxed))

@@ -67,6 +67,11 @@ const WANTED: InitFlags = InitFlags::FUSE_ASYNC_READ
     .union(InitFlags::FUSE_ALLOW_IDMAP)
     .union(InitFlags::FUSE_PASSTHROUGH);
 
+/// The ioctl of a directory that takes hints: `_IOW(0xFB, 1, char[N])` of asm-generic/ioctl.h, for any N up to 16,383.
+const IOC_HINT: u32 = 1 << 30 | 0xFB << 8 | 1;
+/// The bits of N.
+const IOC_SIZE: u32 = 0x3FFF << 16;
+
 /// Nodes are never reused, so all are of one generation.
 const GENERATION: Generation = Generation(0);
 
@@ -452,16 +457,24 @@ impl<T: Tree> Filesystem for Adapter<T> {
     fn ioctl(
         &self,
         request: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         _fh: FileHandle,
-        _flags: IoctlFlags,
-        _cmd: u32,
-        _in_data: &[u8],
+        flags: IoctlFlags,
+        cmd: u32,
+        in_data: &[u8],
         _out_size: u32,
         reply: ReplyIoctl,
     ) {
         self.count(Counter::Ioctl, request);
-        reply.error(self.refuse(Errno::ENOTTY));
+        let hinted = match cmd & !IOC_SIZE {
+            IOC_HINT if flags.contains(IoctlFlags::FUSE_IOCTL_DIR) => self.fs.hint(ino.0, in_data),
+            _ => Err(Errno::ENOTTY),
+        };
+        match hinted {
+            // At most as many as there are bytes.
+            Ok(taken) => reply.ioctl(taken as i32, &[]),
+            Err(errno) => reply.error(self.refuse(errno)),
+        }
     }
 
     fn fallocate(

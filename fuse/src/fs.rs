@@ -15,6 +15,7 @@
 //!
 //! Not handled: writing of any kind.
 
+mod hints;
 mod names;
 mod pages;
 mod readers;
@@ -38,6 +39,7 @@ use tokio::{sync::OnceCell, time::timeout};
 
 pub use self::xattr::XattrReply;
 use self::{
+    hints::Hints,
     names::Names,
     pages::{Held, PAGE_ENTRIES, Pages, Ticket},
     readers::Readers,
@@ -184,6 +186,7 @@ pub struct FileSystem<T: Tree> {
     shape: OnceCell<Shape>,
     pages: Pages,
     names: Names,
+    hints: Hints,
     readers: Readers<T::Reader>,
     totals: Mutex<Totals>,
     complaints: Throttle,
@@ -201,6 +204,7 @@ impl<T: Tree> FileSystem<T> {
             shape: OnceCell::new(),
             pages: Pages::default(),
             names: Names::new(),
+            hints: Hints::default(),
             readers: Readers::new(),
             totals: Mutex::default(),
             complaints: Throttle::default(),
@@ -282,7 +286,7 @@ impl<T: Tree> FileSystem<T> {
                 local.is_of(dataset);
             }
         };
-        tokio::join!(self.shape(), totals, sweeps, name_local);
+        tokio::join!(self.shape(), totals, sweeps, name_local, self.follow_hints());
     }
 
     /// Forgets what is kept of a directory's listing, or of all listings. Before the kernel is told to ask again.
@@ -425,13 +429,10 @@ impl<T: Tree> FileSystem<T> {
 
     /// Bytes of a file: fewer than `size` only at its end.
     pub async fn read(&self, id: u64, offset: u64, size: u32) -> Result<Vec<Bytes>, Errno> {
-        let held = self.readers.get(id, || {
-            let node = self.node(id)?;
-            let NodeKind::File { version } = node.kind else { return Err(Errno::EISDIR) };
-            let path = self.path(id)?;
-            let (size, key) = (version.size, self.small_key(id, &path, &version));
-            Ok((self.tree.open(path, version), size, key))
-        })?;
+        let held = self.reader(id)?;
+        if held.take_ahead() {
+            self.hints.was_of_use(id);
+        }
         let len = held.size.saturating_sub(offset).min(u64::from(size)) as usize;
         if len == 0 {
             return Ok(Vec::new());
@@ -457,6 +458,7 @@ impl<T: Tree> FileSystem<T> {
                     }
                     self.tables.counters.add(Counter::BytesRead, len as u64);
                     held.count(len as u64);
+                    self.hints.was_read(id);
                     // Nobody will say that the file was closed.
                     if offset + len as u64 == held.size && self.shape.get() == Some(&Shape::Small) {
                         self.readers.close(id);
@@ -478,6 +480,17 @@ impl<T: Tree> FileSystem<T> {
         }
         let path = self.path(id)?;
         Err(self.refuse("read", &path, &error, During::Data))
+    }
+
+    /// What reads a file.
+    fn reader(&self, id: u64) -> Result<Arc<readers::Held<T::Reader>>, Errno> {
+        self.readers.get(id, || {
+            let node = self.node(id)?;
+            let NodeKind::File { version } = node.kind else { return Err(Errno::EISDIR) };
+            let path = self.path(id)?;
+            let (size, key) = (version.size, self.small_key(id, &path, &version));
+            Ok((self.tree.open(path, version), size, key))
+        })
     }
 
     /// What a file is called in the node cache, if it is a small one that is kept there.

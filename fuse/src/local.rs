@@ -146,6 +146,11 @@ impl LocalFiles {
         Some(file.key(self.state.lock().dataset?))
     }
 
+    /// Whether a file is here.
+    pub(crate) fn has(&self, file: Asked<'_>) -> bool {
+        self.key(file).is_some_and(|key| self.cache.has(&key))
+    }
+
     /// Bytes of a small file that is here.
     pub(crate) async fn read(&self, key: Key, offset: u64, len: usize) -> Option<Bytes> {
         self.cache.read(key, offset, len).await

@@ -407,6 +407,12 @@ impl NodeCache {
         }
     }
 
+    /// Whether a file is here, as far as is known without looking: a small one in a pack, a larger one complete.
+    pub fn has(&self, key: &Key) -> bool {
+        let packed = || self.inner.packs.read().get(&key.dataset).is_some_and(|packs| packs.find(key.file).is_some());
+        if key.size < SMALLEST { packed() } else { self.inner.state.lock().ready.contains(key) }
+    }
+
     /// Bytes of a small file that is here. What is not in memory is read where nobody else waits for the disk.
     pub async fn read(&self, key: Key, offset: u64, len: usize) -> Option<Bytes> {
         let inner = &self.inner;

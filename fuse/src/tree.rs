@@ -7,7 +7,7 @@ use std::{
 };
 
 use bytes::Bytes;
-pub use forebay_client::{ClientError as TreeError, Entry, EntryKind, Inspection, ListPage};
+pub use forebay_client::{Ahead, ClientError as TreeError, Entry, EntryKind, Inspection, ListPage};
 use forebay_keeper::{Health, tables::Shape};
 use forebay_protocol::{DatasetId, DatasetPath, FileVersion};
 use futures::{
@@ -107,4 +107,9 @@ pub trait Tree: Send + Sync + 'static {
 pub trait Reader: Send + Sync + 'static {
     /// Exactly `min(len, size - offset)` bytes, in order, in as many pieces as they came.
     fn read(&self, offset: u64, len: usize) -> impl Future<Output = Result<Vec<Bytes>, TreeError>> + Send;
+
+    /// Begins to fetch what a first read will want. Nothing can be fetched ahead where bytes are at hand.
+    fn fetch_ahead(&self) -> impl Future<Output = Ahead> + Send {
+        future::ready(Ahead::There)
+    }
 }

@@ -2,6 +2,8 @@
 //!
 //! Whoever gives up half-way leaves nothing behind: an [`Instance`] that is dropped is interrupted and waited for.
 
+mod hints;
+
 use std::{
     path::{Path, PathBuf},
     process::Stdio,
@@ -16,6 +18,8 @@ use tokio::{
     process::{Child, Command},
     time::timeout,
 };
+
+pub use self::hints::hint;
 
 const READY: Duration = Duration::from_secs(60);
 const END: Duration = Duration::from_secs(30);

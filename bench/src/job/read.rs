@@ -9,6 +9,7 @@ use std::{
         Barrier, Mutex,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use anyhow::{Context, bail, ensure};
@@ -96,7 +97,15 @@ pub(super) fn random(file: &Large, block: u64, count: u64) -> anyhow::Result<Don
     })
 }
 
-pub(super) fn files(root: &Path, set: &Set, mut order: Vec<u64>, threads: u64, verify: bool) -> anyhow::Result<Done> {
+/// Reads files in random order; with `told`, the mount is told of so many of them ahead.
+pub(super) fn files(
+    root: &Path,
+    set: &Set,
+    mut order: Vec<u64>,
+    threads: u64,
+    verify: bool,
+    told: Option<usize>,
+) -> anyhow::Result<Done> {
     order.shuffle(&mut rand::rng());
     let paths: Vec<_> = order.iter().map(|file| (*file, root.join(set.path(*file)))).collect();
     let next = AtomicUsize::new(0);
@@ -125,8 +134,10 @@ pub(super) fn files(root: &Path, set: &Set, mut order: Vec<u64>, threads: u64, v
     };
     timed(|| {
         std::thread::scope(|scope| {
-            let readers: Vec<_> = (0..threads).map(|_| scope.spawn(read)).collect();
-            for reader in readers {
+            let tell = |ahead| announce(root, set, &order, &next, ahead);
+            let told = told.map(|ahead| scope.spawn(move || tell(ahead)));
+            let readers = (0..threads).map(|_| scope.spawn(read)).chain(told);
+            for reader in readers.collect::<Vec<_>>() {
                 match reader.join() {
                     Ok(read) => read?,
                     Err(_) => bail!("a reader panicked"),
@@ -135,6 +146,22 @@ pub(super) fn files(root: &Path, set: &Set, mut order: Vec<u64>, threads: u64, v
             Ok((bytes.load(Ordering::Relaxed), paths.len() as u64))
         })
     })
+}
+
+/// Tells the mount which files come, until all were told.
+fn announce(root: &Path, set: &Set, order: &[u64], next: &AtomicUsize, ahead: usize) -> anyhow::Result<()> {
+    let directory = File::open(root)?;
+    let paths: Vec<String> = order.iter().map(|file| set.path(*file)).collect();
+    let mut told = 0;
+    while told < paths.len() {
+        let until = (next.load(Ordering::Relaxed) + ahead).min(paths.len());
+        if until >= (told + ahead / 2).min(paths.len()) {
+            told += forebay_test_instance::hint(&directory, paths[told..until].iter().map(String::as_str))
+                .context("telling the mount what comes")?;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
 }
 
 pub(super) fn walk(root: &Path, set: &Set) -> anyhow::Result<(u64, u64)> {

@@ -33,6 +33,9 @@ pub(crate) struct Held<R> {
     read: AtomicU64,
     /// A read was told that this version is gone.
     gone: AtomicBool,
+    /// Its beginning was fetched ahead, and nobody has read it since; then it counts in `all_ahead`.
+    ahead: AtomicBool,
+    all_ahead: Arc<AtomicU64>,
     /// Milliseconds since the start of [`Readers`].
     used: AtomicU64,
 }
@@ -43,9 +46,32 @@ impl<R> Held<R> {
         self.read.fetch_add(bytes, Ordering::Relaxed);
     }
 
+    /// Its beginning is fetched ahead.
+    pub(crate) fn set_ahead(&self) {
+        if !self.ahead.swap(true, Ordering::Relaxed) {
+            self.all_ahead.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// It is read, or will not be: whether its beginning was fetched ahead for that.
+    pub(crate) fn take_ahead(&self) -> bool {
+        // Nearly always false.
+        let ahead = self.ahead.load(Ordering::Relaxed) && self.ahead.swap(false, Ordering::Relaxed);
+        if ahead {
+            self.all_ahead.fetch_sub(1, Ordering::Relaxed);
+        }
+        ahead
+    }
+
     /// `true` for the first who says it.
     pub(crate) fn set_gone(&self) -> bool {
         !self.gone.swap(true, Ordering::Relaxed)
+    }
+}
+
+impl<R> Drop for Held<R> {
+    fn drop(&mut self) {
+        self.take_ahead();
     }
 }
 
@@ -54,11 +80,18 @@ impl<R> Held<R> {
 pub(crate) struct Readers<R> {
     readers: Cache<u64, Arc<Held<R>>>,
     start: Instant,
+    /// Those whose beginning was fetched ahead and that nobody has read yet.
+    ahead: Arc<AtomicU64>,
 }
 
 impl<R> Readers<R> {
     pub(crate) fn new() -> Self {
-        Self { readers: Cache::new(MAX_READERS), start: Instant::now() }
+        Self { readers: Cache::new(MAX_READERS), start: Instant::now(), ahead: Arc::default() }
+    }
+
+    /// Those whose beginning was fetched ahead and that nobody has read yet.
+    pub(crate) fn ahead(&self) -> u64 {
+        self.ahead.load(Ordering::Relaxed)
     }
 
     fn now(&self) -> u64 {
@@ -79,6 +112,8 @@ impl<R> Readers<R> {
                 key,
                 read: AtomicU64::new(0),
                 gone: AtomicBool::new(false),
+                ahead: AtomicBool::new(false),
+                all_ahead: self.ahead.clone(),
                 used: AtomicU64::new(0),
             }))
         })?;
@@ -137,6 +172,20 @@ mod tests {
         assert_eq!(readers.get(7, make(72)).unwrap().size, 72);
         readers.sweep();
         assert_eq!(readers.get(7, make(73)).unwrap().size, 72);
+    }
+
+    #[test]
+    fn what_was_fetched_ahead_counts_until_it_is_read_or_dropped() {
+        let readers: Readers<u64> = Readers::new();
+        let get = |node| readers.get(node, || Ok::<_, ()>((Arc::new(1), 1, None))).unwrap();
+        get(1).set_ahead();
+        get(1).set_ahead();
+        get(2).set_ahead();
+        assert_eq!(readers.ahead(), 2);
+        assert!(get(1).take_ahead() && !get(1).take_ahead());
+        assert_eq!(readers.ahead(), 1);
+        readers.close(2);
+        assert_eq!(readers.ahead(), 0);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use forebay_protocol::{DatasetPath, FileVersion};
 use tokio::sync::OnceCell;
 
 use super::named::Named;
-use crate::tree::{Reader, TreeError};
+use crate::tree::{Ahead, Reader, TreeError};
 
 /// Reads one version of a file of the dataset, whose reader it makes when it is first asked.
 ///
@@ -34,5 +34,10 @@ impl NamedReader {
 impl Reader for NamedReader {
     async fn read(&self, offset: u64, len: usize) -> Result<Vec<Bytes>, TreeError> {
         self.reader().await?.read(offset, len).await
+    }
+
+    async fn fetch_ahead(&self) -> Ahead {
+        // Without the dataset nothing can be fetched: whoever reads it says why.
+        self.reader().await.map_or(Ahead::There, |reader| reader.fetch_ahead())
     }
 }
