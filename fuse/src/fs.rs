@@ -277,6 +277,7 @@ impl<T: Tree> FileSystem<T> {
             loop {
                 sweep.tick().await;
                 self.readers.sweep();
+                self.hints.in_vain(self.readers.take_in_vain());
             }
         };
         let name_local = async {
@@ -430,8 +431,8 @@ impl<T: Tree> FileSystem<T> {
     /// Bytes of a file: fewer than `size` only at its end.
     pub async fn read(&self, id: u64, offset: u64, size: u32) -> Result<Vec<Bytes>, Errno> {
         let held = self.reader(id)?;
-        if held.take_ahead() {
-            self.hints.was_of_use(id);
+        if offset == 0 {
+            self.hints.is_asked(id, held.take_ahead());
         }
         let len = held.size.saturating_sub(offset).min(u64::from(size)) as usize;
         if len == 0 {

@@ -5,14 +5,14 @@
 //! fast they are read: [`FEW`] files, and as many more as were read in the last [`HORIZON`], within half of the memory for
 //! read-ahead. So a program that stops reading costs little, and one that reads fast finds everything there.
 //!
-//! What was read in this mount before may be in the kernel's page cache, and then nobody asks for it: of such files every
-//! [`TRIED`]th is fetched ahead, and the others while more than half of those that are were asked for. What the node cache
-//! has is not fetched.
+//! What was read in this mount before may be in the kernel's page cache, and then nobody asks for it. Such files are fetched
+//! while more than half of those that were judged lately were asked for; until then they are in doubt. One in doubt that is
+//! asked for all the same speaks for the others, and they are taken up again. What the node cache has is not fetched.
 //!
 //! Hints are kept in memory and bounded; a daemon that takes over has none until it is told some.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashSet, VecDeque},
     time::{Duration, Instant},
 };
 
@@ -46,9 +46,9 @@ const HORIZON: Duration = Duration::from_secs(8);
 const PAUSE: Duration = Duration::from_millis(5);
 /// How long a hint waits for memory, and a fetch is waited for.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Of what was read before, every so manieth is fetched ahead to see whether it is of use.
-const TRIED: u64 = 16;
-/// As many of these count.
+/// Files in doubt, at most.
+const DOUBTFUL: usize = 4096;
+/// Files by which others are judged.
 const REMEMBERED: u64 = 1024;
 /// Nodes whose reads are remembered, one bit for each: 2 MiB.
 const NODES: u64 = 16 << 20;
@@ -67,23 +67,63 @@ pub(super) struct Hints {
 /// Files that had been read before.
 #[derive(Default)]
 struct Again {
-    hinted: u64,
-    /// Of those, the ones that were fetched ahead, and the ones that were then read; both are halved now and then.
-    fetched: u64,
-    read: u64,
+    /// In doubt, in their order, and those of them that nobody asked for yet.
+    order: VecDeque<u64>,
+    doubtful: HashSet<u64>,
+    /// Files that were asked for, or for which nobody asked for so long that nobody will; and the former of them. Halved
+    /// now and then.
+    judged: u64,
+    asked: u64,
 }
 
 impl Again {
-    fn is_worth(&mut self) -> bool {
-        self.hinted += 1;
-        let worth = self.hinted.is_multiple_of(TRIED) || self.read * 2 > self.fetched;
-        if worth {
-            self.fetched += 1;
+    fn is_worth(&self) -> bool {
+        self.asked * 2 > self.judged
+    }
+
+    /// One is hinted: whether it is fetched. If not, it is in doubt.
+    fn hinted(&mut self, node: u64) -> bool {
+        if self.is_worth() {
+            return true;
         }
-        if self.fetched >= REMEMBERED {
-            (self.fetched, self.read) = (self.fetched / 2, self.read / 2);
+        if self.doubtful.insert(node) {
+            self.order.push_back(node);
         }
-        worth
+        if self.order.len() > DOUBTFUL
+            && let Some(oldest) = self.order.pop_front()
+            && self.doubtful.remove(&oldest)
+        {
+            self.judge(false);
+        }
+        false
+    }
+
+    /// One that was not fetched is asked for: whether those in doubt are worth fetching now.
+    fn was_asked(&mut self, node: u64) -> bool {
+        if !self.doubtful.remove(&node) {
+            return false;
+        }
+        self.judge(true);
+        self.is_worth()
+    }
+
+    /// The next in doubt, when they are worth fetching.
+    fn take_up(&mut self) -> Option<u64> {
+        while self.is_worth() {
+            let node = self.order.pop_front()?;
+            if self.doubtful.remove(&node) {
+                return Some(node);
+            }
+        }
+        None
+    }
+
+    fn judge(&mut self, asked: bool) {
+        self.judged += 1;
+        self.asked += u64::from(asked);
+        if self.judged >= REMEMBERED {
+            (self.judged, self.asked) = (self.judged / 2, self.asked / 2);
+        }
     }
 }
 
@@ -96,6 +136,13 @@ struct Queue {
 struct Hint {
     directory: u64,
     path: Bytes,
+}
+
+/// What may be fetched next.
+enum Next {
+    Hint(Hint),
+    /// A file that was in doubt.
+    Doubtful(u64),
 }
 
 /// How fast what is fetched ahead is read.
@@ -144,28 +191,49 @@ impl Hints {
         taken
     }
 
-    async fn next(&self) -> Hint {
+    async fn next(&self) -> Next {
         loop {
-            {
-                let mut queue = self.queue.lock();
-                if let Some(hint) = queue.waiting.pop_front() {
-                    queue.bytes -= hint.path.len();
-                    return hint;
-                }
+            if let Some(node) = self.again.lock().take_up() {
+                return Next::Doubtful(node);
+            }
+            if let Some(hint) = self.pop() {
+                return Next::Hint(hint);
             }
             self.came.notified().await;
         }
     }
 
-    /// A file that was fetched ahead is read.
-    pub(super) fn was_of_use(&self, node: u64) {
-        self.pace.lock().reads += 1;
-        if self.is_read(node) {
-            self.again.lock().read += 1;
+    fn pop(&self) -> Option<Hint> {
+        let mut queue = self.queue.lock();
+        let hint = queue.waiting.pop_front()?;
+        queue.bytes -= hint.path.len();
+        Some(hint)
+    }
+
+    /// A file is asked for, for the first time since it was fetched ahead if it was (`ahead`).
+    pub(super) fn is_asked(&self, node: u64, ahead: bool) {
+        if ahead {
+            self.pace.lock().reads += 1;
+        }
+        if !self.is_read(node) {
+            return;
+        }
+        let mut again = self.again.lock();
+        if ahead {
+            again.judge(true);
+        } else if again.was_asked(node) {
+            drop(again);
+            self.came.notify_one();
         }
     }
 
-    /// A node is read.
+    /// So many files were fetched, and nobody asked for them.
+    pub(super) fn in_vain(&self, count: u64) {
+        let mut again = self.again.lock();
+        (0..count).for_each(|_| again.judge(false));
+    }
+
+    /// A file was read.
     pub(super) fn was_read(&self, node: u64) {
         if node >= NODES {
             return;
@@ -182,9 +250,9 @@ impl Hints {
         self.read.lock().get((node / 64) as usize).is_some_and(|word| word & 1 << (node % 64) != 0)
     }
 
-    /// Whether a node is worth fetching.
+    /// Whether a file that was hinted is fetched.
     fn is_worth(&self, node: u64) -> bool {
-        !self.is_read(node) || self.again.lock().is_worth()
+        !self.is_read(node) || self.again.lock().hinted(node)
     }
 }
 
@@ -204,14 +272,21 @@ impl<T: Tree> FileSystem<T> {
         let (mut looking, mut fetching) = (FuturesOrdered::new(), FuturesUnordered::new());
         loop {
             tokio::select! {
-                hint = self.hints.next(), if looking.len() < AT_ONCE => looking.push_back(self.hinted(hint)),
+                next = self.hints.next(), if looking.len() < AT_ONCE => looking.push_back(self.look(next)),
                 Some(node) = looking.next(), if fetching.len() < AT_ONCE => {
-                    if let Some(node) = node.filter(|node| self.hints.is_worth(*node)) {
+                    if let Some(node) = node {
                         fetching.push(self.fetch_ahead(node, &turn));
                     }
                 }
                 Some(()) = fetching.next() => {}
             }
+        }
+    }
+
+    async fn look(&self, next: Next) -> Option<u64> {
+        match next {
+            Next::Hint(hint) => self.hinted(hint).await.filter(|node| self.hints.is_worth(*node)),
+            Next::Doubtful(node) => Some(node),
         }
     }
 
@@ -284,15 +359,32 @@ mod tests {
     }
 
     #[test]
-    fn what_was_read_before_is_tried_and_then_judged() {
+    fn what_was_read_before_is_in_doubt_until_it_is_asked_for() {
         let mut again = Again::default();
-        let worth = |again: &mut Again, hints: u64| (0..hints).filter(|_| again.is_worth()).count() as u64;
-        assert_eq!(worth(&mut again, 20 * TRIED), 20, "nobody asks for them");
-        again.read = again.fetched;
-        assert_eq!(worth(&mut again, 15), 15, "they are asked for");
-        let later = worth(&mut again, 1000 * TRIED);
-        assert!((1000..1010).contains(&later), "and no more: {later}");
-        assert!(again.fetched < REMEMBERED);
+        for node in 0..10 {
+            assert!(!again.hinted(node), "it may be in the page cache");
+        }
+        assert_eq!(again.take_up(), None);
+        assert!(!again.was_asked(77), "nobody announced it");
+        assert!(again.was_asked(0), "it is not, so the others are not");
+        assert!(!again.was_asked(0), "once");
+        assert!(again.was_asked(3));
+        assert_eq!((again.take_up(), again.take_up(), again.take_up()), (Some(1), Some(2), Some(4)));
+        assert!(again.hinted(11));
+        // They are fetched in vain.
+        (0..4).for_each(|_| again.judge(false));
+        assert_eq!((again.take_up(), again.hinted(12)), (None, false));
+    }
+
+    #[test]
+    fn what_stays_in_doubt_is_forgotten() {
+        let mut again = Again::default();
+        for node in 0..3 * DOUBTFUL as u64 {
+            again.hinted(node);
+        }
+        assert_eq!((again.order.len(), again.doubtful.len()), (DOUBTFUL, DOUBTFUL));
+        assert!(again.judged < REMEMBERED);
+        assert!(!again.was_asked(3 * DOUBTFUL as u64 - 1), "one of many");
     }
 
     #[test]
@@ -303,7 +395,7 @@ mod tests {
         let taken = hints.push(8, std::iter::repeat_n(&long[..], 10_000));
         assert_eq!(taken as usize, (WAITING_BYTES - 2) / 4000);
         assert_eq!(hints.push(8, [&long[..]].into_iter()), 0);
-        let first = futures::executor::block_on(hints.next());
+        let first = hints.pop().unwrap();
         assert_eq!((first.directory, &first.path[..]), (7, &b"a"[..]));
         assert_eq!(hints.queue.lock().bytes, 1 + taken as usize * 4000);
     }

@@ -33,9 +33,9 @@ pub(crate) struct Held<R> {
     read: AtomicU64,
     /// A read was told that this version is gone.
     gone: AtomicBool,
-    /// Its beginning was fetched ahead, and nobody has read it since; then it counts in `all_ahead`.
+    /// Its beginning was fetched ahead, and nobody has read it since; then it counts.
     ahead: AtomicBool,
-    all_ahead: Arc<AtomicU64>,
+    counts: Arc<Counts>,
     /// Milliseconds since the start of [`Readers`].
     used: AtomicU64,
 }
@@ -49,7 +49,7 @@ impl<R> Held<R> {
     /// Its beginning is fetched ahead.
     pub(crate) fn set_ahead(&self) {
         if !self.ahead.swap(true, Ordering::Relaxed) {
-            self.all_ahead.fetch_add(1, Ordering::Relaxed);
+            self.counts.ahead.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -58,7 +58,7 @@ impl<R> Held<R> {
         // Nearly always false.
         let ahead = self.ahead.load(Ordering::Relaxed) && self.ahead.swap(false, Ordering::Relaxed);
         if ahead {
-            self.all_ahead.fetch_sub(1, Ordering::Relaxed);
+            self.counts.ahead.fetch_sub(1, Ordering::Relaxed);
         }
         ahead
     }
@@ -71,8 +71,19 @@ impl<R> Held<R> {
 
 impl<R> Drop for Held<R> {
     fn drop(&mut self) {
-        self.take_ahead();
+        if self.take_ahead() {
+            self.counts.in_vain.fetch_add(1, Ordering::Relaxed);
+        }
     }
+}
+
+/// What was fetched ahead.
+#[derive(Debug, Default)]
+struct Counts {
+    /// Nobody has read it yet.
+    ahead: AtomicU64,
+    /// Nobody ever did.
+    in_vain: AtomicU64,
 }
 
 /// The readers of one volume.
@@ -80,18 +91,22 @@ impl<R> Drop for Held<R> {
 pub(crate) struct Readers<R> {
     readers: Cache<u64, Arc<Held<R>>>,
     start: Instant,
-    /// Those whose beginning was fetched ahead and that nobody has read yet.
-    ahead: Arc<AtomicU64>,
+    counts: Arc<Counts>,
 }
 
 impl<R> Readers<R> {
     pub(crate) fn new() -> Self {
-        Self { readers: Cache::new(MAX_READERS), start: Instant::now(), ahead: Arc::default() }
+        Self { readers: Cache::new(MAX_READERS), start: Instant::now(), counts: Arc::default() }
     }
 
     /// Those whose beginning was fetched ahead and that nobody has read yet.
     pub(crate) fn ahead(&self) -> u64 {
-        self.ahead.load(Ordering::Relaxed)
+        self.counts.ahead.load(Ordering::Relaxed)
+    }
+
+    /// Those that were dropped without having been read, since this was asked last.
+    pub(crate) fn take_in_vain(&self) -> u64 {
+        self.counts.in_vain.swap(0, Ordering::Relaxed)
     }
 
     fn now(&self) -> u64 {
@@ -113,7 +128,7 @@ impl<R> Readers<R> {
                 read: AtomicU64::new(0),
                 gone: AtomicBool::new(false),
                 ahead: AtomicBool::new(false),
-                all_ahead: self.ahead.clone(),
+                counts: self.counts.clone(),
                 used: AtomicU64::new(0),
             }))
         })?;
@@ -185,7 +200,7 @@ mod tests {
         assert!(get(1).take_ahead() && !get(1).take_ahead());
         assert_eq!(readers.ahead(), 1);
         readers.close(2);
-        assert_eq!(readers.ahead(), 0);
+        assert_eq!((readers.ahead(), readers.take_in_vain(), readers.take_in_vain()), (0, 1, 0));
     }
 
     #[test]
