@@ -124,6 +124,8 @@ pub const EDITS: &[Edit] = &[
     takes(POLICY, "spec.select.manifest.path", NEXT_RUN),
     takes(POLICY, "spec.select.manifest.configMapRef.name", NEXT_RUN),
     takes(POLICY, "spec.select.manifest.configMapRef.key", NEXT_RUN),
+    takes(POLICY, "spec.order", NEXT_RUN),
+    takes(POLICY, "spec.priority", NEXT_RUN),
     takes(POLICY, "spec.load.pin", NEXT_RUN),
     takes(POLICY, "spec.load.verify", NEXT_RUN),
     takes(POLICY, "spec.load.replicas", NEXT_RUN),

@@ -39,9 +39,9 @@ pub use dataset::{
 };
 pub use names::{MAX_OBJECT_NAME, WORKER_HTTP_PORT, WORKER_PORT, object_name, service_address};
 pub use preload_policy::{
-    Apply, ConcurrencyPolicy, ConfigMapRef, DatasetReady, DatasetRef, HistoryLimits, Limits, Load, ManifestRef,
-    PreloadPolicy, PreloadPolicySpec, PreloadPolicyStatus, Run, RunPhase, RunTrigger, Schedule, Select, SourceChanged,
-    Trigger,
+    Apply, ConcurrencyPolicy, ConfigMapRef, DatasetReady, DatasetRef, HistoryLimits, Limits, Load, LoadOrder,
+    ManifestRef, PreloadPolicy, PreloadPolicySpec, PreloadPolicyStatus, Run, RunPhase, RunTrigger, Schedule, Select,
+    SourceChanged, Trigger,
 };
 pub use quantity::{Quantity, QuantityError};
 pub use schema::crds;

@@ -44,6 +44,7 @@ use crate::{Quantity, rules};
     ),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
+#[x_kube(validation = Rule::from(rules::ORDER))]
 #[serde(rename_all = "camelCase")]
 pub struct PreloadPolicySpec {
     /// The Dataset, in the same namespace.
@@ -56,6 +57,13 @@ pub struct PreloadPolicySpec {
     /// Which files are loaded. Absent: all.
     #[serde(default)]
     pub select: Select,
+    /// Which of them come first, on each worker. As the manifest names them, or else as they are found, if it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub order: Option<LoadOrder>,
+    /// Among runs at the same workers, those of a lower priority wait until those of a higher one have ended.
+    #[schemars(range(min = -1000, max = 1000))]
+    #[serde(default)]
+    pub priority: i32,
     /// How they are loaded.
     #[serde(default)]
     pub load: Load,
@@ -240,6 +248,18 @@ pub struct Load {
     #[schemars(range(min = 1, max = 16))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replicas: Option<u32>,
+}
+
+/// Which files come first. A run begins when its files are known, or 65,536 on a worker; of more than that, each time the
+/// first of those that are known is next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum LoadOrder {
+    /// By path, byte by byte.
+    Name,
+    /// The smallest first.
+    Size,
+    /// As the manifest names them.
+    Manifest,
 }
 
 /// Whether something is done.

@@ -51,6 +51,10 @@ pub(crate) const ONE_TRIGGER: Rule = (
     "[has(self.datasetReady), has(self.sourceChanged), has(self.schedule)].exists_one(trigger, trigger)",
     "must have exactly one of datasetReady, sourceChanged and schedule",
 );
+pub(crate) const ORDER: Rule = (
+    "!has(self.order) || self.order != 'Manifest' || has(self.select.manifest)",
+    "order Manifest needs select.manifest",
+);
 pub(crate) const ONE_MANIFEST: Rule =
     ("has(self.path) != has(self.configMapRef)", "must have exactly one of path and configMapRef");
 /// A key of a ConfigMap, as Kubernetes takes it.

@@ -22,6 +22,7 @@ fn dataset() -> Value {
         "spec": {
             "runtimeRef": {"name": "gpu-pool"},
             "sync": {"mode": "Periodic", "interval": "5m"},
+            "cache": {"replicas": {"min": 1, "max": 2}},
             "sources": [
                 {"path": "/", "uri": "s3://imagenet/", "secretRef": {"name": "reader"},
                     "s3": {"endpoint": "http://127.0.0.1:9000", "region": "eu-west-1", "addressing": "Path"}},
@@ -40,6 +41,7 @@ fn policy() -> Value {
             "datasetRef": {"name": "imagenet"},
             "triggers": [{"datasetReady": {}}, {"schedule": {"cron": "0 5 * * 1-5", "timeZone": "Europe/Madrid"}}],
             "select": {"path": "/train", "include": ["train/**"], "maxSize": "1Gi", "minAge": "1h", "maxAge": "48h"},
+            "order": "Name",
             "load": {"pin": "Always"},
             "limits": {"bandwidth": "500Mi", "requestsPerSecond": 100},
             "deadline": "2h",
@@ -104,6 +106,8 @@ fn each_rule_of_an_object_refuses() {
         (policy(), "/spec/select/path".into(), json!("train"), "must be an absolute path"),
         (policy(), "/spec/deadline".into(), json!("2 hours"), "must be hours"),
         (policy(), "/spec/ttlAfterFinished".into(), json!("1d"), "must be hours"),
+        (policy(), "/spec/order".into(), json!("Manifest"), "order Manifest needs select.manifest"),
+        (dataset(), "/spec/cache/replicas".into(), json!({"min": 3, "max": 2}), "max must not be below min"),
         (dataset(), "/spec/sync".into(), json!({"mode": "Periodic"}), "interval goes with mode Periodic"),
         (dataset(), "/spec/sync".into(), json!({"interval": "5m"}), "interval goes with mode Periodic"),
         (dataset(), "/spec/sync".into(), json!({"mode": "Periodic", "interval": "often"}), "must be hours"),

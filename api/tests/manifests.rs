@@ -393,6 +393,7 @@ const BAD: &[Case] = &[
     Case("no sources", "  cache:", "---\napiVersion: forebay.io/v1alpha1\nkind: Dataset\nmetadata: {name: other, namespace: vision}\nspec:\n  runtimeRef: {name: gpu-pool}\n  sources: [] # <-\n  cache:", 4, "spec.sources", "no items", "at least one"),
     // Synchronisation.
     Case("periodic without an interval", "  cache:", "  sync: {mode: Periodic} # <-\n  cache:", 3, "spec.sync.interval", "goes with mode Periodic", "interval: 5m"),
+    Case("fewer copies at most than at least", "    policy: Hold", "    replicas: {min: 3, max: 2} # <-\n    policy: Hold", 3, "spec.cache.replicas.max", "below min", "leave max out"),
     Case("an interval of a snapshot", "  cache:", "  sync: {interval: 5m} # <-\n  cache:", 3, "spec.sync.interval", "goes with mode Periodic", "mode: Snapshot"),
     // References.
     Case("runtime unknown", "  runtimeRef:\n    name: gpu-pool", "  runtimeRef:\n    name: gpu-pol # <-", 3, "spec.runtimeRef.name", "no CacheRuntime 'gpu-pol' in namespace 'vision'", "or use gpu-pool"),

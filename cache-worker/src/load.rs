@@ -4,6 +4,8 @@
 //! that the sums over all workers are exact. The walk runs ahead of the loading, up to [`AHEAD`] chunks.
 
 mod manifest;
+mod priority;
+mod queue;
 mod runs;
 mod selection;
 
@@ -23,12 +25,12 @@ use forebay_protocol::{
 };
 use futures::{Stream, StreamExt, stream};
 use parking_lot::Mutex;
-use tokio::sync::{Semaphore, mpsc};
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::sync::Semaphore;
 use tonic::Status;
 
 use self::manifest::Named;
 pub(crate) use self::{
+    priority::Loads,
     runs::{Runs, Wanted as WantedRun},
     selection::Selection,
 };
@@ -177,9 +179,23 @@ struct Work {
     key: ChunkKey,
 }
 
+/// Which files come first.
+#[derive(Debug, Clone, Copy, Default)]
+enum Order {
+    /// As they are found, or a manifest names them.
+    #[default]
+    Listed,
+    Name,
+    /// The smallest.
+    Size,
+}
+
 /// How each chunk of the share is loaded.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Terms {
+    order: Order,
+    /// It waits for those of a higher one.
+    priority: i32,
     /// It is pinned.
     pub(crate) pin: bool,
     /// It is read again afterwards.
@@ -194,9 +210,16 @@ pub(crate) struct Terms {
 impl Terms {
     /// As asked for.
     pub(crate) fn new(asked: &wire::LoadTerms) -> Self {
-        let wire::LoadTerms { pin, verify, bytes_per_second, requests_per_second, replicas } = *asked;
+        let wire::LoadTerms { pin, verify, bytes_per_second, requests_per_second, replicas, order: _, priority } =
+            *asked;
         let limit = |limit| (limit > 0).then_some(limit);
-        Self { pin, verify, replicas, bytes: limit(bytes_per_second), requests: limit(requests_per_second) }
+        let (bytes, requests) = (limit(bytes_per_second), limit(requests_per_second));
+        let order = match asked.order() {
+            wire::LoadOrder::Unspecified => Order::Listed,
+            wire::LoadOrder::Name => Order::Name,
+            wire::LoadOrder::Size => Order::Size,
+        };
+        Self { order, priority, pin, verify, replicas, bytes, requests }
     }
 
     /// Pinned, and as fast as can be.
@@ -237,12 +260,13 @@ pub(crate) async fn load(
         Some(manifest) => manifest::named(worker, dataset, manifest, path).await?.boxed(),
         None => files(worker, dataset, path).await?.map(|found| found.map(Named::File)).boxed(),
     };
-    let (queue, queued) = mpsc::channel(AHEAD);
+    let (queue, queued) = queue::queue(AHEAD, !matches!(terms.order, Order::Listed));
+    let _under_way = worker.loads.begin(terms.priority);
     let listing = async {
         while let Some(file) = found.next().await {
             match file? {
                 Named::File(file) if selection.holds(&file) => {
-                    list_share(worker, dataset, file, progress, &queue).await;
+                    list_share(worker, dataset, file, progress, terms.order, &queue).await;
                 }
                 Named::Missing(path) if manifest::counts(worker, dataset, &path) => {
                     add(&progress.total_files, 1);
@@ -258,7 +282,10 @@ pub(crate) async fn load(
         drop(queue);
         Ok(())
     };
-    let carrying_out = ReceiverStream::new(queued).for_each_concurrent(AT_ONCE, |work| loading.load_chunk(work));
+    let carrying_out = queued.for_each_concurrent(AT_ONCE, |work| async {
+        worker.loads.wait(terms.priority).await;
+        loading.load_chunk(work).await;
+    });
     // A tree that cannot be listed ends the load at once.
     let (listed, ()) = tokio::try_join!(listing, async {
         carrying_out.await;
@@ -268,7 +295,14 @@ pub(crate) async fn load(
     Ok(())
 }
 
-async fn list_share(worker: &Worker, dataset: &Dataset, file: Found, progress: &Progress, queue: &mpsc::Sender<Work>) {
+async fn list_share(
+    worker: &Worker,
+    dataset: &Dataset,
+    file: Found,
+    progress: &Progress,
+    order: Order,
+    queue: &queue::Sender<Work>,
+) {
     let owns = |key: &ChunkKey| worker.members.owns(key.placement_key());
     let first = ChunkKey { file: dataset.identity(&file.path, &file.version), index: 0 };
     let counts = owns(&first);
@@ -294,8 +328,13 @@ async fn list_share(worker: &Worker, dataset: &Dataset, file: Found, progress: &
         // A table that changed in between would make the count wrong: the first answer counts.
         if mine > 0 && owns(&key) {
             mine -= 1;
-            // The receiver lives as long as this.
-            let _ = queue.send(Work { share: share.clone(), key }).await;
+            let Found { path, version } = &share.file;
+            let place = match order {
+                Order::Listed => Bytes::new(),
+                Order::Name => path.to_bytes(),
+                Order::Size => Bytes::copy_from_slice(&version.size.to_be_bytes()),
+            };
+            queue.send(place, Work { share: share.clone(), key }).await;
         }
     }
     if mine > 0 && share.left.fetch_sub(mine, Ordering::AcqRel) == mine && counts {

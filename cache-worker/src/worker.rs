@@ -43,6 +43,7 @@ use crate::{
     grpc,
     heat::Heat,
     http, listener,
+    load::Loads,
     members::Members,
     metrics::{Metrics, level},
     notices, reload,
@@ -79,6 +80,8 @@ pub(crate) struct Worker {
     /// For walks through the owners of directories.
     pub(crate) client: Client,
     pub(crate) metrics: Arc<Metrics>,
+    /// The loads under way.
+    pub(crate) loads: Loads,
     /// What readers ask for most.
     pub(crate) heat: Heat,
     /// A client knows a newer table.
@@ -259,6 +262,7 @@ impl RunningWorker {
             client: Client::new(client_config, members.subscribe()),
             members,
             metrics,
+            loads: Loads::default(),
             heat: Heat::default(),
             newer_table: Notify::new(),
             loaded: SetOnce::new(),

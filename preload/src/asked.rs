@@ -1,7 +1,9 @@
 //! What a policy asks of a run, as workers are told.
 
-use forebay_api::{Apply, Limits, Load, ManifestRef, PreloadPolicySpec, Quantity, QuantityError, Select, rules};
-use forebay_protocol::worker::{LoadTerms, Selection, selection};
+use forebay_api::{
+    Apply, Limits, Load, LoadOrder, ManifestRef, PreloadPolicySpec, Quantity, QuantityError, Select, rules,
+};
+use forebay_protocol::worker::{self as wire, LoadTerms, Selection, selection};
 use jiff::{SignedDuration, Timestamp};
 
 /// Which files a run that begins now loads.
@@ -31,7 +33,19 @@ pub fn terms(spec: &PreloadPolicySpec) -> Result<LoadTerms, QuantityError> {
         bytes_per_second: bandwidth.as_ref().map(Quantity::bytes).transpose()?.unwrap_or_default(),
         requests_per_second: requests_per_second.unwrap_or_default().into(),
         replicas: replicas.unwrap_or_default(),
+        order: order(spec.order).into(),
+        priority: spec.priority,
     })
+}
+
+/// As workers are told it.
+fn order(order: Option<LoadOrder>) -> wire::LoadOrder {
+    match order {
+        // A manifest is loaded in its order unless they are told another.
+        None | Some(LoadOrder::Manifest) => wire::LoadOrder::Unspecified,
+        Some(LoadOrder::Name) => wire::LoadOrder::Name,
+        Some(LoadOrder::Size) => wire::LoadOrder::Size,
+    }
 }
 
 /// When a file was modified that is of this age at a run's begin; `None` if the age is no duration.
@@ -59,6 +73,8 @@ mod tests {
             "datasetRef": {"name": "d"},
             "select": {"minAge": "1h", "maxAge": "24h", "maxSize": "1Ki"},
             "load": {"pin": "Always", "replicas": 3},
+            "order": "Size",
+            "priority": -3,
             "limits": {"bandwidth": "2Mi", "requestsPerSecond": 7},
         }))
         .unwrap();
@@ -68,7 +84,8 @@ mod tests {
         assert_eq!(selection.modified_after_ns, Some(13_600_000_000_000));
         assert_eq!((selection.min_size, selection.max_size), (0, Some(1024)));
         let limits = LoadTerms { bytes_per_second: 2 << 20, requests_per_second: 7, ..LoadTerms::default() };
-        let expected = LoadTerms { pin: true, verify: false, replicas: 3, ..limits };
+        let order = wire::LoadOrder::Size.into();
+        let expected = LoadTerms { pin: true, verify: false, replicas: 3, order, priority: -3, ..limits };
         assert_eq!(terms(&spec).unwrap(), expected);
         let usual: PreloadPolicySpec = serde_json::from_value(json!({"datasetRef": {"name": "d"}})).unwrap();
         assert_eq!(terms(&usual).unwrap(), LoadTerms::default());

@@ -26,6 +26,10 @@ impl Object<'_> {
         self.node.get(field).is_some()
     }
 
+    fn has_within(&self, field: &str, inner: &str) -> bool {
+        self.node.get(field).is_some_and(|node| node.get(inner).is_some())
+    }
+
     fn text(&self, field: &str) -> Option<&str> {
         self.node.get(field)?.text()
     }
@@ -85,6 +89,20 @@ pub(super) const CHECKS: &[Check] = &[
         remedy: "write manifest: {path: /lists/train.txt} or manifest: {configMapRef: {name: lists, key: train.txt}}",
     },
     Check { rule: rules::CONFIG_KEY, holds: Holds::Text(rules::is_config_key), remedy: "write it as train.txt" },
+    Check {
+        rule: rules::ORDER,
+        holds: Holds::Object("order", |spec| {
+            spec.text("order") != Some("Manifest") || spec.has_within("select", "manifest")
+        }),
+        remedy: "choose Name or Size, or name files with select.manifest",
+    },
+    Check {
+        rule: rules::REPLICAS,
+        holds: Holds::Object("max", |replicas| {
+            !replicas.has("max") || replicas.integer("max") >= replicas.integer("min")
+        }),
+        remedy: "write replicas: {min: 2, max: 4}, or leave max out",
+    },
     Check {
         rule: rules::SYNC_INTERVAL,
         holds: Holds::Object("interval", |sync| sync.has("interval") == (sync.text("mode") == Some("Periodic"))),

@@ -3,7 +3,7 @@
 use std::{os::unix::fs::FileExt as _, time::Duration};
 
 use bytes::Bytes;
-use forebay_protocol::worker::{LoadProgress, LoadRequest, LoadTerms, Selection};
+use forebay_protocol::worker::{LoadOrder, LoadProgress, LoadRequest, LoadTerms, Selection};
 use tokio::time::Instant;
 
 use crate::harness::{Cluster, eventually, files_below};
@@ -119,4 +119,51 @@ async fn what_rots_is_found_by_a_load_that_verifies() {
     for file in 0..FILES {
         cluster.check(&format!("/d/{file:02}"), file, SIZE).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn files_are_loaded_in_the_order_that_is_asked_for() {
+    for order in [LoadOrder::Name, LoadOrder::Size] {
+        let cluster = Cluster::start(1).await;
+        let (name, size) = (|at: u64| format!("d/{:02}", at * 37 % 60), |at: u64| 1000 + at * 11 % 60);
+        for file in 0..60 {
+            cluster.put(&name(file), file, size(file)).await;
+        }
+        cluster.refresh("/").await;
+        let mut files: Vec<u64> = (0..60).collect();
+        match order {
+            LoadOrder::Size => files.sort_by_key(|file| size(*file)),
+            _ => files.sort_by_key(|file| name(*file)),
+        }
+        // Slow, so that what is asked for can be seen: up to 32 chunks wait for their turn at once.
+        let slow = LoadTerms { requests_per_second: 20, order: order.into(), ..LoadTerms::default() };
+        let mut stream = begin(&cluster, 0, with(slow)).await;
+        while stream.message().await.unwrap().unwrap().done_files < 10 {}
+        drop(stream);
+        let asked: Vec<bool> = files.iter().map(|file| cluster.store.bytes_of(&name(*file)) > 0).collect();
+        let (first, last) = asked.split_at(48);
+        assert!(first[..32].iter().any(|asked| *asked) && !last.contains(&true), "{order:?}: {asked:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_load_waits_for_one_of_a_higher_priority() {
+    let cluster = Cluster::start(1).await;
+    fill(&cluster).await;
+    let only = |glob: &str| Some(Selection { include: vec![glob.into()], ..Selection::default() });
+    let urgent = LoadTerms { priority: 5, requests_per_second: 5, ..LoadTerms::default() };
+    let urgent = LoadRequest { selection: only("d/0*"), ..with(urgent) };
+    let mut first = begin(&cluster, 0, urgent).await;
+    while first.message().await.unwrap().unwrap().done_files < 1 {}
+    let mut second = begin(&cluster, 0, LoadRequest { selection: only("d/1*"), ..LoadRequest::default() }).await;
+    while !second.message().await.unwrap().unwrap().listed {}
+    while first.message().await.unwrap().unwrap().done_files < 8 {}
+    let meanwhile = second.message().await.unwrap().unwrap();
+    assert_eq!((meanwhile.total_files, meanwhile.done_files), (10, 0));
+    while !first.message().await.unwrap().unwrap().finished {}
+    let mut last = meanwhile;
+    while let Some(progress) = second.message().await.unwrap() {
+        last = progress;
+    }
+    assert!(last.finished && last.done_files == 10, "{last:?}");
 }

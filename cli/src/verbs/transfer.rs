@@ -8,15 +8,15 @@ use std::{
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use forebay_preload::{asked::nanoseconds, run::sum};
 use forebay_protocol::{
     DatasetPath,
     identity::directory_placement_key,
     placement::Placement,
     worker::{
-        FreeRequest, LoadProgress, LoadRequest, LoadTerms, PinRequest, RefreshRequest, ScanProgress, ScanState,
-        Selection, selection,
+        FreeRequest, LoadOrder, LoadProgress, LoadRequest, LoadTerms, PinRequest, RefreshRequest, ScanProgress,
+        ScanState, Selection, selection,
     },
 };
 use futures::{StreamExt as _, future::join_all, stream};
@@ -139,6 +139,12 @@ pub struct TermsArgs {
     /// Have so many workers hold each file
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=16), value_name = "COUNT")]
     replicas: Option<u32>,
+    /// Which files come first, on each worker, if not as they are found or as a manifest names them
+    #[arg(long, value_enum, value_name = "ORDER")]
+    order: Option<OrderArg>,
+    /// Wait while a load of a higher priority is under way at a worker
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true, value_name = "NUMBER")]
+    priority: i32,
     /// Bytes that all workers together ask the sources for in a second, at most
     #[arg(long, value_parser = quantity, value_name = "QUANTITY")]
     bandwidth: Option<u64>,
@@ -147,11 +153,27 @@ pub struct TermsArgs {
     requests_per_second: Option<u64>,
 }
 
+/// Which files come first.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum OrderArg {
+    /// By path
+    Name,
+    /// The smallest first
+    Size,
+}
+
 impl TermsArgs {
     /// As workers are told.
     pub fn to_wire(self) -> LoadTerms {
-        let Self { pin, verify, replicas, bandwidth, requests_per_second } = self;
+        let Self { pin, verify, replicas, order, priority, bandwidth, requests_per_second } = self;
+        let order = match order {
+            None => LoadOrder::Unspecified,
+            Some(OrderArg::Name) => LoadOrder::Name,
+            Some(OrderArg::Size) => LoadOrder::Size,
+        };
         LoadTerms {
+            order: order.into(),
+            priority,
             pin,
             verify,
             replicas: replicas.unwrap_or_default(),

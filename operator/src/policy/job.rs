@@ -1,7 +1,8 @@
 //! The Job of a run. Pure.
 
 use forebay_api::{
-    Apply, ConfigMapRef, Limits, PreloadPolicy, PreloadPolicySpec, RunTrigger, Select, rules, service_address,
+    Apply, ConfigMapRef, Limits, LoadOrder, PreloadPolicy, PreloadPolicySpec, RunTrigger, Select, rules,
+    service_address,
 };
 use forebay_preload::{asked, due::Past};
 use k8s_openapi::{
@@ -145,6 +146,13 @@ fn container(start: &Start<'_>, workers: &WorkerArgs) -> Container {
     args.extend(manifest.config_map_ref.iter().map(|_| format!("--manifest-file={MANIFEST}/{LINES}")));
     args.extend((start.spec.load.pin == Apply::Always).then(|| "--pin".to_owned()));
     args.extend((start.spec.load.verify == Apply::Always).then(|| "--verify".to_owned()));
+    let order = match start.spec.order {
+        None | Some(LoadOrder::Manifest) => None,
+        Some(LoadOrder::Name) => Some("--order=name".to_owned()),
+        Some(LoadOrder::Size) => Some("--order=size".to_owned()),
+    };
+    args.extend(order);
+    args.extend((start.spec.priority != 0).then(|| format!("--priority={}", start.spec.priority)));
     args.extend(start.spec.load.replicas.iter().map(|count| format!("--replicas={count}")));
     args.extend(bandwidth.iter().map(|bytes| format!("--bandwidth={}", bytes.as_str())));
     args.extend(requests_per_second.iter().map(|count| format!("--requests-per-second={count}")));
@@ -260,6 +268,8 @@ mod tests {
                     assert_ne!(run("a"), run("b"));
                     edited["select"] = manifest("lists", "b");
                 }
+                "spec.order" => edited["order"] = json!("Size"),
+                "spec.priority" => edited["priority"] = json!(-7),
                 "spec.load.pin" => edited["load"] = json!({"pin": "Always"}),
                 "spec.load.verify" => edited["load"] = json!({"verify": "Always"}),
                 "spec.load.replicas" => edited["load"] = json!({"replicas": 2}),
@@ -273,7 +283,7 @@ mod tests {
             assert_ne!(built("a", edited, "1"), before, "{}", row.field);
             count += 1;
         }
-        assert_eq!(count, 18);
+        assert_eq!(count, 20);
     }
 
     #[test]
