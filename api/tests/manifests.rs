@@ -330,7 +330,7 @@ const BAD: &[Case] = &[
     // Fields.
     Case("unknown field", "  cache:", "  colour: red # <-\n  cache:", 3, "spec.colour", "no field", "the fields here are cache, runtimeRef, sources, sync"),
     Case("field misspelt", "    uri: s3://imagenet/2012/", "    uri: s3://imagenet/2012/\n    url: s3://x # <-", 3, "spec.sources[0].url", "no field", "write uri"),
-    Case("field of the future", "    policy: Hold", "    policy: Hold\n    reserve: 1Gi # <-", 3, "spec.cache.reserve", "no field", "policy, quota, ttl"),
+    Case("field of the future", "    policy: Hold", "    policy: Hold\n    tier: nvme # <-", 3, "spec.cache.tier", "no field", "policy, priority, quota"),
     Case("field at the top", "kind: Dataset", "kind: Dataset\nsources: [] # <-", 3, "sources", "no field", "apiVersion, kind, metadata, spec, status"),
     Case("key twice", "    policy: Hold", "    policy: Hold\n    policy: Hold # <-", 3, "spec.cache.policy", "is given twice, first on line 48", "keep one"),
     Case("required field missing", "  - path: /\n    uri: s3://imagenet/2012/\n", "  - path: / # <-\n", 3, "spec.sources[0].uri", "is missing", "add it: The place"),
@@ -449,7 +449,7 @@ fn all_errors_of_all_documents_are_found_at_once() {
         .replace("name: gpu-pool\n  sources", "name: nobody\n  sources")
         .replace("accessKeyId: AKIA\n", "")
         .replace("path: /labels", "path: /labels/")
-        .replace("policy: Hold", "policy: ARC\n    reserve: 1Gi");
+        .replace("policy: Hold", "policy: ARC\n    tier: nvme");
     let errors = manifest::parse("bad.yaml", &bad).unwrap_err();
     let places: Vec<(usize, &str)> = errors.iter().map(|e| (e.line.unwrap(), e.field.as_str())).collect();
     assert_eq!(
@@ -461,7 +461,7 @@ fn all_errors_of_all_documents_are_found_at_once() {
             (34, "spec.runtimeRef.name"),
             (44, "spec.sources[1].path"),
             (47, "spec.cache.policy"),
-            (48, "spec.cache.reserve"),
+            (48, "spec.cache.tier"),
         ]
     );
     assert_eq!(errors[6].object, "Dataset vision/imagenet");
