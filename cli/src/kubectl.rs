@@ -130,14 +130,13 @@ impl Kubectl {
         Ok(list["items"].as_array().cloned().unwrap_or_default())
     }
 
-    /// Runs the verb in a ready worker of the runtime; gives its exit status.
+    /// Runs the verb in a worker of the runtime; gives its exit status.
     fn exec(&self, runtime: &Value, verb: &[String]) -> anyhow::Result<u8> {
         let (namespace, name) = (text(runtime, "/metadata/namespace"), text(runtime, "/metadata/name"));
         let selector = runtime.pointer("/status/selector").and_then(Value::as_str);
         let selector = selector.with_context(|| format!("CacheRuntime {name} has no workers yet"))?;
         let pods = self.list(&["pods", "--selector", selector])?;
-        let ready = pods.iter().find(|pod| is_ready(pod));
-        let pod = ready.with_context(|| format!("no worker of CacheRuntime {name} is ready: see its pods"))?;
+        let pod = choose(&pods).with_context(|| format!("no worker of CacheRuntime {name} runs: see its pods"))?;
         let pod = text(pod, "/metadata/name");
         let mut command = self.command();
         command.args(["exec", &pod, "--container", CONTAINER]);
@@ -155,18 +154,55 @@ fn text(object: &Value, pointer: &str) -> String {
     object.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned()
 }
 
-fn is_ready(pod: &Value) -> bool {
-    let conditions = pod["status"]["conditions"].as_array().into_iter().flatten();
-    pod["metadata"]["deletionTimestamp"].is_null()
-        && conditions.into_iter().any(|condition| condition["type"] == "Ready" && condition["status"] == "True")
+/// A pod to run in: a ready one, or one that runs. The kubelet probes now and then: what serves may not be ready yet.
+fn choose(pods: &[Value]) -> Option<&Value> {
+    let condition = |pod: &&Value, wanted: &str| {
+        let mut conditions = pod["status"]["conditions"].as_array().into_iter().flatten();
+        conditions.any(|condition| condition["type"] == wanted && condition["status"] == "True")
+    };
+    let stays = |pod: &&Value| pod["metadata"]["deletionTimestamp"].is_null();
+    let runs = |pod: &&Value| {
+        let mut containers = pod["status"]["containerStatuses"].as_array().into_iter().flatten();
+        containers.any(|container| container["name"] == CONTAINER && container["state"]["running"].is_object())
+    };
+    let mut pods: Vec<&Value> = pods.iter().filter(stays).collect();
+    pods.sort_by_key(|pod| !condition(pod, "Ready"));
+    pods.into_iter().find(|pod| condition(pod, "Ready") || runs(pod))
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn words(text: &str) -> Vec<String> {
         text.split_whitespace().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn a_pod_that_is_ready_is_better_than_one_that_runs() {
+        let pod = |name: &str, ready: &str, state: &str| {
+            json!({
+                "metadata": {"name": name},
+                "status": {
+                    "conditions": [{"type": "Initialized", "status": "True"}, {"type": "Ready", "status": ready}],
+                    "containerStatuses": [{"name": CONTAINER, "state": {state: {}}}],
+                },
+            })
+        };
+        let (waits, runs, ready) =
+            (pod("a", "False", "waiting"), pod("b", "False", "running"), pod("c", "True", "running"));
+        let chosen = |pods: &[&Value]| {
+            let pods: Vec<Value> = pods.iter().map(|pod| (*pod).clone()).collect();
+            choose(&pods).map(|pod| text(pod, "/metadata/name"))
+        };
+        assert_eq!(chosen(&[&waits, &runs, &ready]).as_deref(), Some("c"));
+        assert_eq!(chosen(&[&waits, &runs]).as_deref(), Some("b"));
+        assert_eq!(chosen(&[&waits]), None);
+        let mut leaves = ready.clone();
+        leaves["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+        assert_eq!(chosen(&[&leaves, &runs]).as_deref(), Some("b"));
     }
 
     #[test]
