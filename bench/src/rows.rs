@@ -6,6 +6,7 @@ mod cold;
 mod hints;
 mod index;
 mod large;
+mod million;
 mod preload;
 mod shape;
 mod small;
@@ -27,6 +28,8 @@ pub enum Group {
     Small,
     /// Names and attributes.
     Walk,
+    /// A million files in a store.
+    Million,
     /// The files of a known benchmark.
     Shape,
     /// From a store that is far away.
@@ -49,10 +52,11 @@ pub enum Group {
 
 impl Group {
     /// In the order in which they are measured.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Large,
         Self::Small,
         Self::Walk,
+        Self::Million,
         Self::Shape,
         Self::Cold,
         Self::Hints,
@@ -70,6 +74,7 @@ impl Group {
             Self::Large => &large::CLAIMS,
             Self::Small => &small::CLAIMS,
             Self::Walk => &walk::CLAIMS,
+            Self::Million => &million::CLAIMS,
             Self::Shape => &shape::CLAIMS,
             Self::Cold => &cold::CLAIMS,
             Self::Hints => &hints::CLAIMS,
@@ -88,6 +93,7 @@ impl Group {
             Self::Large => large::run(bench, report).await,
             Self::Small => small::run(bench, report).await,
             Self::Walk => walk::run(bench, report).await,
+            Self::Million => million::run(bench, report).await,
             Self::Shape => shape::run(bench, report).await,
             Self::Cold => cold::run(bench, report).await,
             Self::Hints => hints::run(bench, report).await,

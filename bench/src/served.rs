@@ -52,6 +52,8 @@ pub struct Setup<'a> {
     pub gets_per_second: Option<u32>,
     /// Eviction policy, and quota in bytes.
     pub cache: Option<(&'static str, u64)>,
+    /// How soon changes are to be seen, in seconds.
+    pub sync: Option<u64>,
 }
 
 impl Default for Setup<'_> {
@@ -66,6 +68,7 @@ impl Default for Setup<'_> {
             requests_per_second: None,
             gets_per_second: None,
             cache: None,
+            sync: None,
         }
     }
 }
@@ -191,13 +194,24 @@ impl Served {
         Ok(seconds)
     }
 
+    /// Has the source listed again; ends when that is done.
+    pub async fn refresh(&self) -> anyhow::Result<()> {
+        self.instance.command(&["refresh", NAME]).await.map(drop)
+    }
+
     /// Waits until the workers have counted the files, and until everything is on disk that can be.
     pub async fn scanned(&self) -> anyhow::Result<()> {
+        self.counted().await?;
+        measure::settle().await
+    }
+
+    /// Waits until the workers have counted the files.
+    pub async fn counted(&self) -> anyhow::Result<()> {
         let deadline = Instant::now() + SCANNED;
         loop {
             let status = self.instance.status().await?;
             if status["datasets"][0]["scan"]["state"] == "Complete" {
-                return measure::settle().await;
+                return Ok(());
             }
             ensure!(Instant::now() < deadline, "the files were not counted: {}", status["datasets"][0]["scan"]);
             sleep(Duration::from_millis(200)).await;
@@ -272,6 +286,7 @@ stringData: {{accessKeyId: {}, secretAccessKey: {}}}
         setup.gets_per_second.map_or_else(String::new, |gets| format!(", requestBudget: {{getPerSecond: {gets}}}"));
     let cache =
         setup.cache.map_or_else(String::new, |(policy, quota)| format!("cache: {{policy: {policy}, quota: {quota}}}"));
+    let sync = setup.sync.map_or_else(String::new, |seconds| format!("sync: {{mode: Periodic, interval: {seconds}s}}"));
     let volume = if DEFINITION.contains(" shape:\n") { format!("volume: {{shape: {shape}}}") } else { String::new() };
     Ok(format!(
         "apiVersion: forebay.io/v1alpha1
@@ -290,6 +305,7 @@ spec:
   sources: [{{path: /, {source}{budget}}}]
   {volume}
   {cache}
+  {sync}
 "
     ))
 }

@@ -83,7 +83,7 @@ async fn kept(bench: &Bench, files: u64) -> anyhow::Result<Kept> {
 }
 
 /// Bytes on disk of databases, and of everything else.
-fn usage(directory: &Path) -> anyhow::Result<(u64, u64)> {
+pub(super) fn usage(directory: &Path) -> anyhow::Result<(u64, u64)> {
     let (mut index, mut chunks) = (0, 0);
     for entry in std::fs::read_dir(directory)? {
         let entry = entry?;
